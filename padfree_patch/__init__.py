@@ -1,0 +1,26 @@
+"""Padding-free training that is exact, on Hugging Face decoders of any transformers version from 4.34 on.
+
+    padfree_patch.apply(model)
+
+Importing this package patches nothing and imports no model code.
+"""
+
+from .collators import DataCollatorWithFlattening
+from .errors import LeakError, PadfreeError
+from .packing import PackedSequences
+from .patching import applied, apply, restore
+from .registry import Patch
+from .verification import Verification, verify
+
+__all__ = [
+    "DataCollatorWithFlattening",
+    "LeakError",
+    "PackedSequences",
+    "PadfreeError",
+    "Patch",
+    "Verification",
+    "applied",
+    "apply",
+    "restore",
+    "verify",
+]

@@ -1,0 +1,101 @@
+"""Varlen attention by the flash-attn 2 package (`flash_attn.flash_attn_varlen_func`).
+
+Read against flash_attn/flash_attn_interface.py of flash-attn 2.8.3; the window came in 2.3.0, softcap in 2.6.0.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import versions
+from ..errors import PadfreeError
+from ..packing import PackedSequences
+
+if TYPE_CHECKING:
+    from . import Needs
+
+NAME = "flash_attn"
+
+
+def refusal(needs: Needs) -> str | None:
+    """Why this backend can't do what is needed, or None."""
+    if versions.installed("flash-attn") is None:
+        return "package flash-attn is not installed (pip install flash-attn)"
+    if needs.device != "cuda":
+        return f"needs tensors on cuda, found {needs.device}"
+    if needs.dtype not in (torch.float16, torch.bfloat16):
+        return f"needs float16 or bfloat16, found {str(needs.dtype).removeprefix('torch.')}"
+    if needs.head_dim > 256:
+        return f"needs a head size of at most 256, found {needs.head_dim}"
+    try:
+        takes = inspect.signature(_varlen_func()).parameters
+    except ImportError as error:
+        return f"package flash-attn does not import: {error}"
+    if needs.window and "window_size" not in takes:
+        return "sliding windows need flash-attn >= 2.3"
+    if needs.softcap and "softcap" not in takes:
+        return "softcap needs flash-attn >= 2.6"
+    return None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: PackedSequences,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Causal attention inside each sequence; arguments and result as in `padfree_patch.attention.sdpa.attend`.
+
+    Raises PadfreeError if the batch exceeds what the kernel can index (`check_int32_bound`).
+    """
+    check_int32_bound(sequences, heads=q.shape[1], head_dim=q.shape[2])
+    # What older versions of the package do not know is only passed when it is asked for.
+    options: dict[str, Any] = {}
+    if window:
+        options["window_size"] = (window - 1, 0)  # tokens to the left and to the right of the query
+    if softcap:
+        options["softcap"] = softcap
+    return _varlen_func()(
+        q,
+        k,
+        v,
+        cu_seqlens_q=sequences.cu_seqlens,
+        cu_seqlens_k=sequences.cu_seqlens,
+        max_seqlen_q=sequences.max_seqlen,
+        max_seqlen_k=sequences.max_seqlen,
+        dropout_p=dropout,
+        softmax_scale=scale,
+        causal=True,
+        **options,
+    )
+
+
+def check_int32_bound(sequences: PackedSequences, *, heads: int, head_dim: int) -> None:
+    """Raises PadfreeError if flash-attn's varlen backward would overflow its int32 offsets.
+
+    The backward pads every sequence to 128 tokens and the head size to 32, and indexes the result with int32
+    (flash-attention issues 1500 and 1311: a crash or wrong gradients, far from the cause).
+    """
+    padded_dim = -(-head_dim // 32) * 32
+    elements = (sequences.total + 128 * len(sequences)) * heads * padded_dim
+    if elements >= 2**31:
+        raise PadfreeError(
+            f"flash_attn: {len(sequences)} sequences of {sequences.total} tokens with {heads} heads of size {head_dim} "
+            f"need {elements} elements in the backward, more than int32 can index ({2**31}); "
+            "put fewer sequences into a batch"
+        )
+
+
+def _varlen_func() -> Any:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func

@@ -1,0 +1,171 @@
+"""Upstream's own attention forward, with only its kernel call answered by a varlen backend.
+
+Projections, rotary, norms, clipping and the output projection stay upstream's, whatever the version. A torch-function
+mode around the one call sees the torch functions that it uses, and answers two of them: `scaled_dot_product_attention`,
+and the `matmul(q, k.T) ... softmax ... matmul(weights, v)` of eager attention, whose T x T scores are never computed:
+`_Scores` stands in for them and notes what upstream does to them. No global is replaced, other threads and other
+models see nothing, and a function that is not understood is an error that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from . import attention, rope
+from .boundaries import batch_at_layer
+from .errors import PadfreeError
+from .masks import window_of
+from .packing import PackedSequences
+
+_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax)
+
+
+@torch.compiler.disable
+def packed_attention(
+    original: Callable[..., Any], backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Calls an attention module's forward on a packed batch.
+
+    Not traced by torch.compile: the lengths differ from batch to batch, and each would be compiled anew.
+
+    Args:
+        original: the forward, whose `args` begin with the module and whose `kwargs` hold position_ids and a packed mask.
+        backend: its name, or "auto".
+
+    Raises PadfreeError if no position_ids arrive or upstream's forward never comes to a kernel call that we know.
+    """
+    module: nn.Module = args[0]
+    batch = batch_at_layer(kwargs.get("position_ids"))
+    call = _KernelCall(type(module).__name__, batch.sequences, window_of(kwargs["attention_mask"]), backend)
+    changed = {"attention_mask": None, "position_ids": rope.positions_for(module, batch)}
+    with rope.rotating(batch), call:
+        result = original(*args, **{**kwargs, **changed})
+    if not call.answered:
+        raise PadfreeError(
+            f"{type(module).__name__}.forward came to no attention kernel that padfree_patch knows "
+            "(scaled_dot_product_attention, or softmax between two matmuls)"
+        )
+    if isinstance(result, tuple):  # eager returns its weights; those of a packed batch are never computed
+        return tuple(None if isinstance(item, _Scores) else item for item in result)
+    return result
+
+
+class _KernelCall(TorchFunctionMode):
+    """Answers the attention kernel inside one forward of one module."""
+
+    def __init__(self, owner: str, sequences: PackedSequences, window: int, backend: str):
+        super().__init__()
+        self.answered = False
+        self._owner, self._sequences, self._window, self._backend = owner, sequences, window, backend
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._sdpa(*args, **kwargs)
+        if func in _MATMULS and not kwargs and all(isinstance(x, Tensor) and x.dim() == 4 for x in args):
+            q, k_transposed = args
+            return _Scores(q, k_transposed.transpose(2, 3))
+        if any(isinstance(x, _Scores) for x in args) or any(isinstance(x, _Scores) for x in kwargs.values()):
+            return self._on_scores(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _sdpa(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """torch's signature; `is_causal` and `enable_gqa` say nothing new: packed attention always is, always can."""
+        if attn_mask is not None:
+            raise PadfreeError(f"{self._owner} passes a mask of its own to scaled_dot_product_attention: not supported")
+        return self._attend(query, key, value, scale or query.shape[-1] ** -0.5, dropout_p)
+
+    def _on_scores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        first = args[0] if args else None
+        if isinstance(first, _Scores):
+            if func in _SOFTMAXES:
+                return first.after_softmax()
+            if func is F.dropout:
+                return first.after_dropout(*args[1:], **kwargs)
+            if func in _MATMULS and isinstance(args[1], Tensor):
+                return self._attend(first.q, first.k, args[1], first.scale, first.dropout)
+        name = getattr(func, "__qualname__", repr(func))
+        raise PadfreeError(f"{self._owner} applies {name} to its attention scores, which padfree_patch can't follow")
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
+        """q (B, H, T, D), k and v (B, K, T, D); returns (B, H, T, D)."""
+        if not (q.shape[2] == k.shape[2] and q.shape[0] * q.shape[2] == self._sequences.total):
+            raise PadfreeError(
+                f"{self._owner}: {self._sequences} meet {q.shape[2]} queries and {k.shape[2]} keys in {q.shape[0]} rows"
+            )
+        self.answered = True
+        needs = attention.Needs(
+            device=q.device.type, dtype=q.dtype, head_dim=q.shape[3], window=self._window, dropout=dropout
+        )
+        rows = q.shape[0]
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, heads, D)
+        backend = attention.select(needs, self._backend)
+        output: Tensor = backend.attend(
+            q, k, v, self._sequences, scale=scale, window=self._window, dropout=dropout
+        )
+        return output.unflatten(0, (rows, -1)).transpose(1, 2)
+
+
+class _Scores:
+    """Stands in for the attention scores (B, H, T, T) of an eager forward, which multiplies, softmaxes and drops them."""
+
+    def __init__(self, q: Tensor, k: Tensor, scale: float = 1.0, dropout: float = 0.0, softmaxed: bool = False):
+        self.q, self.k, self.scale, self.dropout, self._softmaxed = q, k, scale, dropout, softmaxed
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.q.shape[:3], self.k.shape[2]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.q.dtype
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def __mul__(self, factor: float) -> _Scores:
+        if self._softmaxed or isinstance(factor, (Tensor, _Scores)):
+            raise PadfreeError("attention scores are multiplied by something other than a number before the softmax")
+        return _Scores(self.q, self.k, self.scale * factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> _Scores:
+        return self * (1.0 / divisor if not isinstance(divisor, Tensor) else divisor)
+
+    def to(self, *_: Any, **__: Any) -> _Scores:
+        """Casts mean nothing here: the backend works in the dtype of q, with the softmax in float32."""
+        return self
+
+    type_as = float = to
+
+    def after_softmax(self) -> _Scores:
+        return _Scores(self.q, self.k, self.scale, self.dropout, softmaxed=True)
+
+    def after_dropout(self, p: Any = 0.5, training: bool = True, inplace: bool = False) -> _Scores:
+        assert self._softmaxed
+        return _Scores(self.q, self.k, self.scale, float(p) if training else 0.0, softmaxed=True)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Makes torch functions accept a stand-in; while one exists the mode above is active and comes first.
+        raise PadfreeError(f"attention scores of a packed batch left their forward ({func})")

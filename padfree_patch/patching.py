@@ -1,0 +1,341 @@
+"""apply and restore: plan, check, wrap, opt in, verify, and on any failure put everything back.
+
+Functions are replaced where upstream looks them up (on the class, or in the namespace of the modeling file), by plain
+functions that call straight through unless the module at hand has opted in. Opting in is one object in the module's
+`__dict__`: it is copied by deepcopy, pickled with the module, and shared with DataParallel's replicas, so that all
+of them stay patched. Plain functions rather than wrapt's proxies, because others take a forward apart: accelerate
+calls `model.forward.__func__`, which on a proxy is the original.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import importlib
+import sys
+import threading
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+
+from . import attention, forward, masks, rope, versions
+from .errors import PadfreeError
+from .registry import Patch, patch_for, pretrained_modules
+
+Model = TypeVar("Model", bound=nn.Module)
+
+OPT_IN = "_padfree_patch"
+"""Key under which a module's `__dict__` holds its `_OptIn`."""
+
+ORIGINAL = "__padfree_original__"
+"""Attribute by which our functions are told from others'."""
+
+_ABSENT = object()
+
+
+def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
+    """Makes `model` train each example of a packed batch as if it stood alone. Changes nothing else about it.
+
+    Args:
+        model: a transformers model, also inside PEFT, DDP, FSDP or a compiled module.
+        backend: "auto" takes the fastest that can do what a call needs; see `padfree_patch.attention.BACKENDS`.
+        verify: check on the model itself that examples do not mix (`padfree_patch.verify`).
+
+    Returns the same object. Applying twice is applying once, with the newer backend.
+
+    Raises PadfreeError, with the model as it was, if there is no patch for it, upstream's code is not what the patch
+    was made for, or the check finds that examples still mix (`LeakError`).
+    """
+    attention.check_name(backend)
+    plan = _plan(model)
+    backends = {opt_in: opt_in.backend for module, _ in plan.roles if (opt_in := _opt_in_of(module))}
+    new = [(module, role) for module, role in plan.roles if _opt_in_of(module) is None]
+    try:
+        for seam in plan.seams:
+            seam.install()
+        for module, role in new:
+            _opt_in(module, _OptIn(backend, role, plan.seams))
+        for opt_in in backends:
+            opt_in.backend = backend
+        if verify:
+            _verify(model)
+    except BaseException:
+        for module, _ in new:
+            _opt_out(module)
+        for opt_in, old in backends.items():
+            opt_in.backend = old
+        _remove_unused_seams()
+        raise
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Takes `apply` back; a model that is not patched is left as it is. Returns the same object."""
+    for module in model.modules():
+        _opt_out(module)
+    _remove_unused_seams()
+    return model
+
+
+@contextmanager
+def applied(model: Model, *, backend: str = "auto", verify: bool = True) -> Iterator[Model]:
+    """`apply`, and `restore` at the end, also after an error. A model that was patched before stays patched."""
+    was_applied = is_applied(model)
+    apply(model, backend=backend, verify=verify)
+    try:
+        yield model
+    finally:
+        if not was_applied:
+            restore(model)
+
+
+def is_applied(model: nn.Module) -> bool:
+    """Whether any module of the model is patched."""
+    return any(_opt_in_of(module) for module in model.modules())
+
+
+def _verify(model: nn.Module) -> None:
+    from . import verification  # which applies nothing, but is heavier than what a process without models needs
+
+    result = verification.verify(model)
+    if result.skipped:
+        warnings.warn(
+            f"padfree_patch.apply could not check its work: {result.skipped}. "
+            "Call padfree_patch.verify(model) once the weights are there, or pass verify=False",
+            stacklevel=3,
+        )
+    else:
+        result.raise_if_leaking()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seam:
+    """A place where upstream looks a function up: `name` on a class, or in the namespace of a module."""
+
+    owner: type | str
+    """A class, or a module's name."""
+    name: str
+    handler: str
+    """Key of `_HANDLERS`."""
+
+    def holder(self) -> Any:
+        return importlib.import_module(self.owner) if isinstance(self.owner, str) else self.owner
+
+    def install(self) -> None:
+        with _lock:
+            if self in _installed:
+                return
+            own = vars(self.holder()).get(self.name, _ABSENT)
+            wrapper = _wrapped(getattr(self.holder(), self.name), _HANDLERS[self.handler])
+            _installed[self] = (own, wrapper)
+            setattr(self.holder(), self.name, wrapper)
+
+    def remove(self) -> None:
+        own, wrapper = _installed.pop(self)
+        if vars(self.holder()).get(self.name) is not wrapper:
+            return  # somebody wrapped it again: theirs stays, and ours in it calls straight through
+        if own is _ABSENT:  # it was inherited
+            delattr(self.holder(), self.name)
+        else:
+            setattr(self.holder(), self.name, own)
+
+
+_lock = threading.RLock()
+_installed: dict[_Seam, tuple[Any, Callable[..., Any]]] = {}
+"""What stood in the holder's own `vars` (or _ABSENT), and what stands there now."""
+
+
+class _OptIn:
+    """Marks a module as patched. As long as one that needs a seam lives anywhere, the seam stays."""
+
+    def __init__(self, backend: str, role: str, seams: tuple[_Seam, ...]):
+        self.backend, self.role, self.seams = backend, role, seams
+        self.set_aside: dict[str, Any] = {}
+        """What stood in the module's `__dict__` and would have gone past the patched class."""
+        _opted_in.add(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OptIn:
+        return _OptIn(self.backend, self.role, self.seams)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self.backend, self.role, self.seams)
+
+
+_opted_in: weakref.WeakSet[_OptIn] = weakref.WeakSet()
+
+
+def _unpickled(backend: str, role: str, seams: tuple[_Seam, ...]) -> _OptIn:
+    """A saved module comes back patched, in another process too."""
+    opt_in = _OptIn(backend, role, seams)
+    for seam in seams:
+        seam.install()
+    return opt_in
+
+
+def _opt_in_of(module: nn.Module) -> _OptIn | None:
+    found: _OptIn | None = module.__dict__.get(OPT_IN)
+    return found
+
+
+def _opt_in(module: nn.Module, opt_in: _OptIn) -> None:
+    own = vars(module)
+    for name in ("forward", "_old_forward"):  # the second is where accelerate's hooks keep what they call
+        if _is_class_forward(module, own.get(name)):
+            opt_in.set_aside[name] = own.pop(name)
+            if name == "_old_forward":
+                own[name] = types.MethodType(type(module).forward, module)
+    own[OPT_IN] = opt_in
+
+
+def _opt_out(module: nn.Module) -> None:
+    opt_in = vars(module).pop(OPT_IN, None)
+    if opt_in is not None:
+        vars(module).update(opt_in.set_aside)
+
+
+def _is_class_forward(module: nn.Module, own: Any) -> bool:
+    """Whether a bound method is just what the class has, or had before it was wrapped or unwrapped here.
+
+    transformers 4.52 to 4.57 leave one on each layer after a call with output_hidden_states.
+    """
+    if not (isinstance(own, types.MethodType) and own.__self__ is module):
+        return False
+    current = type(module).forward
+    return own.__func__ in (current, getattr(current, ORIGINAL, current)) or hasattr(own.__func__, ORIGINAL)
+
+
+def _remove_unused_seams() -> None:
+    with _lock:
+        if _opted_in:
+            gc.collect()  # models in reference cycles would keep theirs
+        needed = {seam for opt_in in list(_opted_in) for seam in opt_in.seams}
+        for seam in [seam for seam in _installed if seam not in needed]:
+            seam.remove()
+
+
+def _wrapped(original: Callable[..., Any], handler: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return handler(original, args, kwargs)
+
+    setattr(call, ORIGINAL, original)
+    return call
+
+
+def _on_attention(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    opt_in = _opt_in_of(args[0])
+    if opt_in is None:
+        return original(*args, **kwargs)
+    return forward.attention_forward(original, args, kwargs, backend=opt_in.backend)
+
+
+def _on_model(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    opt_in = _opt_in_of(args[0])
+    if opt_in is None:
+        return original(*args, **kwargs)
+    return forward.model_forward(original, args, kwargs, is_decoder=opt_in.role == "decoder")
+
+
+def _on_rotary(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if _opt_in_of(args[0]) is None:
+        return original(*args, **kwargs)
+    return rope.rotary_forward(original, args, kwargs)
+
+
+_HANDLERS: dict[str, Callable[..., Any]] = {
+    "attention": _on_attention,
+    "model": _on_model,
+    "rotary": _on_rotary,
+    "mask": masks.build_mask,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What apply would change; made and checked before anything does."""
+
+    patch: Patch
+    roles: list[tuple[nn.Module, str]]
+    """Modules to opt in, each as "attention", "decoder", "head" or "rotary"."""
+    seams: tuple[_Seam, ...]
+
+
+def _plan(model: nn.Module) -> _Plan:
+    """Raises PadfreeError if upstream's code is not what the patch was made for."""
+    patch = patch_for(model)
+    models = pretrained_modules(model)
+    decoders = [module for module in models if patch.is_decoder(module)]
+    attentions = [module for module in model.modules() if patch.is_attention(module)]
+    rotaries = [module for module in model.modules() if rope.depends_on_length(module)]
+    _check_found(patch, model, patch.decoder, decoders)
+    _check_found(patch, model, patch.attention, attentions)
+    _check_implementation(patch, decoders)
+    roles = [(module, "decoder" if module in decoders else "head") for module in models]
+    roles += [(module, "attention") for module in attentions]
+    roles += [(module, "rotary") for module in rotaries]
+    for module, role in roles:
+        _check_forward(patch, module, role)
+    seams = {_Seam(type(module), "forward", "model" if role in ("decoder", "head") else role) for module, role in roles}
+    for decoder in decoders:
+        seams |= _mask_seams(patch, decoder)
+    return _Plan(patch, roles, tuple(sorted(seams, key=str)))
+
+
+def _mask_seams(patch: Patch, decoder: nn.Module) -> set[_Seam]:
+    owner = next(base for base in type(decoder).__mro__ if base.__name__ == patch.decoder)
+    namespace = vars(sys.modules[owner.__module__])
+    found = {_Seam(owner.__module__, name, "mask") for name in masks.BUILDER_FUNCTIONS if name in namespace}
+    if hasattr(owner, masks.BUILDER_METHOD):
+        found.add(_Seam(owner, masks.BUILDER_METHOD, "mask"))
+    if not found:
+        raise _changed(
+            patch,
+            f"{owner.__module__} has none of {', '.join(masks.BUILDER_FUNCTIONS)} and {owner.__name__} no "
+            f"{masks.BUILDER_METHOD}, one of which must build the attention mask",
+        )
+    return found
+
+
+def _check_found(patch: Patch, model: nn.Module, wanted: str, found: list[nn.Module]) -> None:
+    if not found:
+        names = sorted({type(module).__name__ for module in model.modules()})
+        raise _changed(patch, f"no module of class {wanted} in {type(model).__name__}; found {', '.join(names)}")
+
+
+def _check_implementation(patch: Patch, decoders: list[nn.Module]) -> None:
+    for decoder in decoders:
+        config: Any = decoder.config
+        implementation = getattr(config, "_attn_implementation", "eager")
+        if implementation not in ("eager", "sdpa", None):
+            raise PadfreeError(
+                f"{patch.model_type}: loaded with attention implementation {implementation!r}; "
+                "load it with attn_implementation='sdpa' or 'eager' (padfree_patch then picks the kernel itself)"
+            )
+
+
+def _check_forward(patch: Patch, module: nn.Module, role: str) -> None:
+    """That the module's forward takes what the patch gives it, and that a patch of its class reaches it."""
+    function, name = type(module).forward, type(module).__name__
+    for wanted in ("attention_mask", "position_ids") if role != "rotary" else ("x",):
+        if not forward.takes_keyword(function, wanted):
+            has = ", ".join(list(forward.parameters(function))[1:])
+            raise _changed(patch, f"{name}.forward has no parameter {wanted}; it has {has}")
+    own = vars(module).get("_old_forward", vars(module).get("forward"))
+    if own is not None and not _is_class_forward(module, own):
+        raise PadfreeError(
+            f"{name}.forward is replaced on the instance by {own!r}, so that a patch of the class would not reach it; "
+            "call padfree_patch.apply before what replaces it (accelerator.prepare, torch.compile of a forward)"
+        )
+
+
+def _changed(patch: Patch, what: str) -> PadfreeError:
+    return PadfreeError(
+        f"{patch.model_type}: {what} in transformers {versions.transformers_version()} "
+        f"(patch tested on {patch.transformers})"
+    )

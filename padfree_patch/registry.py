@@ -1,0 +1,121 @@
+"""Patch, what an architecture says of itself, and the entry-point registry that finds the one for a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from .errors import PadfreeError
+
+ENTRY_POINT_GROUP = "padfree_patch.patches"
+
+
+@dataclasses.dataclass(frozen=True)
+class Patch:
+    """One architecture: what its classes are called, where it was tested, and how small it can be built for tests."""
+
+    model_type: str
+    """`config.model_type` of the models it is for."""
+    attention: str
+    """Name of the attention class. Its subclasses (`...SdpaAttention`, a remote copy) count too."""
+    decoder: str
+    """Name of the class whose forward builds the attention mask and runs the layers."""
+    transformers: str
+    """Versions that the tests ran on, such as ">=4.36,<5.24"."""
+    tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    """Config values of a model small enough for a test, on top of `padfree_patch.testing.TINY`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tiny", MappingProxyType(dict(self.tiny)))
+
+    def is_attention(self, module: nn.Module) -> bool:
+        return _is_a(module, self.attention)
+
+    def is_decoder(self, module: nn.Module) -> bool:
+        return _is_a(module, self.decoder)
+
+
+def _is_a(module: nn.Module, class_name: str) -> bool:
+    return any(base.__name__ == class_name for base in type(module).__mro__)
+
+
+class Registry:
+    """Patches by model type; a name can be taken once."""
+
+    def __init__(self, patches: Iterable[Patch] = ()):
+        self._patches: dict[str, Patch] = {}
+        for patch in patches:
+            self.register(patch)
+
+    def register(self, patch: Patch) -> None:
+        """Raises PadfreeError if the model type is taken."""
+        if patch.model_type in self._patches:
+            raise PadfreeError(
+                f"a patch for {patch.model_type!r} is registered already: {self._patches[patch.model_type]}; "
+                f"registered: {', '.join(self.model_types())}"
+            )
+        self._patches[patch.model_type] = patch
+
+    def model_types(self) -> list[str]:
+        return sorted(self._patches)
+
+    def patches(self) -> list[Patch]:
+        return [self._patches[name] for name in self.model_types()]
+
+    def get(self, model_type: str | None) -> Patch | None:
+        return self._patches.get(model_type or "")
+
+
+@functools.cache
+def registry() -> Registry:
+    """Every patch of the installed packages, ours and others', from the entry points of `padfree_patch.patches`.
+
+    Raises PadfreeError if one does not load or two claim the same model type.
+    """
+    found = Registry()
+    for entry_point in sorted(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
+        try:
+            patch = entry_point.load()
+        except Exception as error:
+            raise PadfreeError(f"entry point {entry_point.name} = {entry_point.value} does not load: {error}") from error
+        if not isinstance(patch, Patch):
+            raise PadfreeError(f"entry point {entry_point.name} = {entry_point.value} is no Patch: {patch!r}")
+        found.register(patch)
+    return found
+
+
+def pretrained_modules(model: nn.Module) -> list[nn.Module]:
+    """The transformers models inside a module, outermost first; looks through PEFT, DDP, FSDP and compiled wrappers."""
+    from transformers import PreTrainedModel
+
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def patch_for(model: nn.Module) -> Patch:
+    """The patch for the outermost transformers model in `model`.
+
+    Raises PadfreeError if there is none; names the class and lists what is supported.
+    """
+    supported = ", ".join(registry().model_types())
+    if not isinstance(model, nn.Module):
+        raise PadfreeError(f"expected a transformers model, found {type(model).__name__}; supported: {supported}")
+    models = pretrained_modules(model)
+    if not models:
+        raise PadfreeError(
+            f"{type(model).__name__} is not a transformers model and holds none; supported model types: {supported}"
+        )
+    outermost: Any = models[0]
+    model_type = getattr(outermost.config, "model_type", None)
+    patch = registry().get(model_type)
+    if patch is None:
+        raise PadfreeError(
+            f"{type(outermost).__name__} (model type {model_type!r}) is not supported; supported model types: {supported}. "
+            f"CONTRIBUTING.md adds one in five steps, here or in a package of yours (entry point {ENTRY_POINT_GROUP!r})"
+        )
+    return patch
