@@ -7,6 +7,7 @@ Importing this package patches nothing and imports no model code.
 
 from .collators import DataCollatorWithFlattening
 from .errors import LeakError, PadfreeError
+from .explanation import Explanation, explain
 from .packing import PackedSequences
 from .patching import applied, apply, restore
 from .registry import Patch
@@ -14,6 +15,7 @@ from .verification import Verification, verify
 
 __all__ = [
     "DataCollatorWithFlattening",
+    "Explanation",
     "LeakError",
     "PackedSequences",
     "PadfreeError",
@@ -21,6 +23,7 @@ __all__ = [
     "Verification",
     "applied",
     "apply",
+    "explain",
     "restore",
     "verify",
 ]

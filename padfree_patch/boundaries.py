@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -122,9 +123,8 @@ def _read_lengths(
     if mask is not None and mask.dtype != torch.bool and (mask_lengths := read_positions_and_mask(None, mask)):
         if tuple(mask_lengths) != sequences.lengths:
             raise PadfreeError(f"attention_mask has segments of {mask_lengths} tokens, the lengths say {sequences.lengths}")
-    if len(sequences) == shape[0]:
-        if sequences.max_seqlen == shape[1]:
-            return None  # every row is one sequence
+    if len(sequences) == shape[0] and sequences.max_seqlen == shape[1]:
+        return None  # every row is one sequence
     _check_rows(shape, sequences)
     return _packed(sequences, positions, shape)
 
@@ -160,12 +160,14 @@ def _check_agreement(positions: Tensor, sequences: PackedSequences) -> None:
 
 
 def _check_rows(shape: tuple[int, int], sequences: PackedSequences) -> None:
+    """Raises PadfreeError if a sequence runs from one row into the next."""
     rows, tokens = shape
-    if rows > 1:
-        ends = set(sequences.cu_seqlens.tolist())
-        missing = next((row for row in range(1, rows) if row * tokens not in ends), None)
-        if missing is not None:
-            raise PadfreeError(f"a sequence runs from row {missing - 1} into row {missing} of {rows} rows of {tokens} tokens")
+    if rows == 1:
+        return
+    ends = set(itertools.accumulate(sequences.lengths))
+    for row in range(1, rows):
+        if row * tokens not in ends:
+            raise PadfreeError(f"a sequence runs from row {row - 1} into row {row} of {rows} rows of {tokens} tokens")
 
 
 def _checked_positions(position_ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:

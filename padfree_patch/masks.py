@@ -54,6 +54,11 @@ def build_mask(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
     packed = next((value for value in (*args, *kwargs.values()) if is_packed_mask(value)), None)
     if packed is None:
         return original(*args, **kwargs)
+    return _answer(packed, original, args, kwargs)
+
+
+@torch.compiler.disable
+def _answer(packed: Tensor, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return packed_mask(packed.device, _window(original, args, kwargs))
 
 

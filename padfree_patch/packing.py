@@ -126,7 +126,7 @@ class PackedSequences:
             good = (cu[0] == 0) & (cu[-1] == total) & (lengths.min() > 0) & (lengths.max() == max_seqlen)
             torch._assert_async(good, f"cu_seqlens do not fit {total} tokens with max_seqlen {max_seqlen}")
             return cls(cu.to(device or cu.device, torch.int32), int(max_seqlen), total)
-        values = _host(cu)
+        values = cu.numpy() if cu.device.type == "cpu" else _host(cu)
         if values[0] != 0:
             raise PadfreeError(f"cu_seqlens start at {values[0]}, not at 0")
         packed = cls.from_lengths(np.diff(values).tolist(), device=device or cu.device, total=total)

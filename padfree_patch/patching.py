@@ -100,6 +100,12 @@ def is_applied(model: nn.Module) -> bool:
     return any(_opt_in_of(module) for module in model.modules())
 
 
+def places(model: nn.Module) -> tuple[str, ...]:
+    """The functions that are wrapped for a patched model, as dotted names."""
+    seams = {seam for module in model.modules() if (opt_in := _opt_in_of(module)) for seam in opt_in.seams}
+    return tuple(sorted(str(seam) for seam in seams))
+
+
 def _verify(model: nn.Module) -> None:
     from . import verification  # which applies nothing, but is heavier than what a process without models needs
 
@@ -123,6 +129,10 @@ class _Seam:
     name: str
     handler: str
     """Key of `_HANDLERS`."""
+
+    def __str__(self) -> str:
+        owner = self.owner if isinstance(self.owner, str) else f"{self.owner.__module__}.{self.owner.__qualname__}"
+        return f"{owner}.{self.name}"
 
     def holder(self) -> Any:
         return importlib.import_module(self.owner) if isinstance(self.owner, str) else self.owner

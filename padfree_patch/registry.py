@@ -30,9 +30,12 @@ class Patch:
     """Versions that the tests ran on, such as ">=4.36,<5.24"."""
     tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     """Config values of a model small enough for a test, on top of `padfree_patch.testing.TINY`."""
+    variants: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
+    """Other configurations to test, by name: values on top of `tiny`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tiny", MappingProxyType(dict(self.tiny)))
+        object.__setattr__(self, "variants", MappingProxyType(dict(self.variants)))
 
     def is_attention(self, module: nn.Module) -> bool:
         return _is_a(module, self.attention)

@@ -107,6 +107,14 @@ def verify(model: nn.Module) -> Verification:
         )
 
 
+@torch.no_grad()
+def run_packed(model: nn.Module) -> None:
+    """One packed forward of the probe's two examples; for hooks that look at what reaches the layers."""
+    with _untouched(model):
+        probe = _Probe(_unwrapped(model))
+        probe.packed(probe.a)
+
+
 class _Probe:
     """Two random examples A and B, and another A of the same length, as embeddings (1, tokens, D)."""
 

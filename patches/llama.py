@@ -13,4 +13,10 @@ PATCH = Patch(
     attention="LlamaAttention",
     decoder="LlamaModel",
     transformers=">=4.36,<5.24",
+    variants={
+        "all key heads": {"num_key_value_heads": 6},
+        "biases": {"attention_bias": True},
+        "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        "dynamic rope": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8},
+    },
 )

@@ -13,4 +13,9 @@ PATCH = Patch(
     attention="MistralAttention",
     decoder="MistralModel",
     transformers=">=4.36,<5.24",
+    variants={
+        "window": {"sliding_window": 4},
+        "no window": {"sliding_window": None},
+        "one key head": {"num_key_value_heads": 1},
+    },
 )

@@ -1,0 +1,126 @@
+"""The command line: padfree-patch explain | verify | bench | demo | list. Each takes --json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import click
+except ImportError as error:  # an extra, so that training machines need not have it
+    raise SystemExit("padfree-patch needs click: pip install 'padfree_patch[cli]'") from error
+
+from . import versions
+from .errors import PadfreeError
+from .registry import registry
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="padfree_patch")
+def cli() -> None:
+    """Padding-free training that is exact: look at a model, check it, try it."""
+
+
+def _model_options(command: Callable[..., None]) -> Callable[..., None]:
+    for decorate in (
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+        click.option("--attn", default="sdpa", show_default=True, help="Attention implementation to load it with."),
+        click.option("--tiny", is_flag=True, help="MODEL is a model type; build a tiny random one."),
+        click.argument("model"),
+    ):
+        command = decorate(command)
+    return command
+
+
+@cli.command()
+@_model_options
+def explain(model: str, tiny: bool, attn: str, as_json: bool) -> None:
+    """What upstream does with a packed row on MODEL (a directory or name), and what apply would do."""
+    from . import explain as explain_model
+
+    explanation = explain_model(_load(model, tiny, attn))
+    _print(explanation, as_json)
+    sys.exit(1 if explanation.refused else 0)
+
+
+@cli.command()
+@click.option("--unpatched", is_flag=True, help="Check upstream alone, without apply.")
+@_model_options
+def verify(model: str, tiny: bool, attn: str, as_json: bool, unpatched: bool) -> None:
+    """Apply to MODEL (a directory or name) and prove that the examples of a packed row do not mix."""
+    from . import apply
+    from . import verify as verify_model
+
+    loaded = _load(model, tiny, attn)
+    result = verify_model(loaded if unpatched else apply(loaded, verify=False))
+    _print(result, as_json)
+    sys.exit(0 if result.ok else 1)
+
+
+@cli.command()
+@click.option("--batch-size", default=8, show_default=True, help="Examples per step.")
+@click.option("--steps", default=5, show_default=True, help="Timed steps of each kind.")
+@_model_options
+def bench(model: str, tiny: bool, attn: str, as_json: bool, batch_size: int, steps: int) -> None:
+    """Time a training step on MODEL: padded, padding-free, and as many tokens in rows of one length."""
+    from .bench import bench_step
+
+    result = bench_step(_load(model, tiny, attn), batch_size=batch_size, steps=steps)
+    _print(result, as_json)
+
+
+@cli.command(name="list")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def list_patches(as_json: bool) -> None:
+    """The architectures with a patch, and the transformers versions that each was tested on."""
+    version = versions.transformers_version()
+    rows = [
+        {"model_type": p.model_type, "tested": p.transformers, "here": versions.inside(version, p.transformers)}
+        for p in registry().patches()
+    ]
+    if as_json:
+        click.echo(json.dumps({"transformers": str(version), "patches": rows}))
+        return
+    for row in rows:
+        here = "tested" if row["here"] else "outside the tested range"
+        click.echo(f"{row['model_type']:12} transformers {row['tested']:14} {here} here ({version})")
+
+
+def _load(model: str, tiny: bool, attn: str) -> Any:
+    if tiny:
+        from .testing import Unavailable, tiny_model
+
+        patch = registry().get(model)
+        if patch is None:
+            raise PadfreeError(f"no patch for {model!r}; there are {', '.join(registry().model_types())}")
+        try:
+            return tiny_model(patch, attn)
+        except Unavailable as reason:
+            raise PadfreeError(str(reason)) from reason
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model, attn_implementation=attn)
+
+
+def _print(result: Any, as_json: bool) -> None:
+    if not as_json:
+        click.echo(str(result))
+        return
+    # What was not measured is NaN, which JSON does not have.
+    text = json.dumps(dataclasses.asdict(result))
+    click.echo(json.dumps(json.loads(text, parse_constant=lambda _: None)))
+
+
+def main() -> None:
+    """Entry point: our errors are printed, others keep their traceback."""
+    from .demo.command import demo
+
+    cli.add_command(demo)
+    try:
+        cli()
+    except PadfreeError as error:
+        click.echo(f"padfree-patch: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,159 @@
+"""explain: what upstream does with a packed row on this very model, why, and what apply would do about it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import attention, masks, patching, rope, verification, versions
+from .errors import PadfreeError
+from .registry import Patch, patch_for, pretrained_modules
+from .verification import Verification
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Measured on the model, not looked up; `str()` reads well, `as_dict()` is for machines."""
+
+    model: str
+    """Class of the model."""
+    model_type: str | None
+    transformers: str
+    """Version that runs."""
+    implementation: str | None
+    """Attention implementation that the model was loaded with."""
+    patched: bool
+    """Whether the model is patched now."""
+    refused: str | None = None
+    """Why apply would refuse the model, if so."""
+    tested: str | None = None
+    """transformers versions that the patch was tested on."""
+    now: Verification | None = None
+    """What verify measures on the model as it is."""
+    after: Verification | None = None
+    """What it measures on the patched model."""
+    backend: str | None = None
+    """Backend that "auto" takes for the model's device and dtype as they are now."""
+    backends: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Every backend, with "works" or what speaks against it here."""
+    windows: tuple[int, ...] = ()
+    """Tokens that a query sees in each layer, itself included; 0 for all."""
+    notes: tuple[str, ...] = ()
+    """What upstream does in this version that one would not expect."""
+    places: tuple[str, ...] = ()
+    """The functions that apply wraps."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model} ({self.implementation}) on transformers {self.transformers}"]
+        if self.now is not None:
+            state = "patched" if self.patched else "upstream alone"
+            lines.append(f"  {state}: {_verdict(self.now)}")
+        if self.refused:
+            return "\n".join([*lines, f"  apply refuses it: {self.refused}"])
+        if not self.patched and self.after is not None:
+            lines.append(f"  after apply: {_verdict(self.after)}")
+        lines.append(f"  tested on transformers {self.tested}")
+        lines += [f"  backend {name}: {word}" for name, word in self.backends.items()]
+        lines.append(f"  backend of this model on its device: {self.backend}")
+        if any(self.windows):
+            shown = ", ".join(str(window or "all") for window in self.windows)
+            lines.append(f"  tokens that a query sees, per layer: {shown}")
+        lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  apply wraps {place}" for place in self.places]
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Measures the model as it is and, unless it is patched already, as it would be after apply. Changes nothing.
+
+    Raises nothing for an unsupported model: then `refused` says why.
+    """
+    models: list[Any] = pretrained_modules(model) if isinstance(model, nn.Module) else []
+    if not models:
+        raise PadfreeError(f"{type(model).__name__} is not a transformers model and holds none")
+    config = models[0].config
+    facts: dict[str, Any] = {
+        "model": type(models[0]).__name__,
+        "model_type": getattr(config, "model_type", None),
+        "transformers": str(versions.transformers_version()),
+        "implementation": getattr(config, "_attn_implementation", "eager"),
+        "patched": patching.is_applied(model),
+    }
+    try:
+        patch = patch_for(model)
+        facts["now"] = verification.verify(model)
+        with patching.applied(model, verify=False):
+            facts["after"] = verification.verify(model)
+            windows = _windows(model, patch) if not facts["after"].skipped else ()
+            places = patching.places(model)
+    except PadfreeError as error:
+        return Explanation(**facts, refused=str(error))
+    needs = _needs(models[0], windows)
+    return Explanation(
+        **facts,
+        tested=patch.transformers,
+        backend=attention.select(needs).NAME,
+        backends={backend.NAME: backend.refusal(needs) or "works" for backend in attention.BACKENDS},
+        windows=windows,
+        notes=tuple(_notes(model, config, windows, patch)),
+        places=places,
+    )
+
+
+def _verdict(result: Verification) -> str:
+    if result.skipped:
+        return f"not measured, {result.skipped}"
+    if result.ok:
+        return "examples do not mix, and each gives what it gives alone"
+    where = f", first in {result.first_leak}" if result.first_leak else ""
+    return (
+        f"EXAMPLES MIX: changing one moves the other's logits by {result.logit_change:.2g}{where}"
+        if not result.isolated
+        else f"WRONG: packed logits are off by {result.alone_error:.2g}"
+    )
+
+
+def _windows(model: nn.Module, patch: Patch) -> tuple[int, ...]:
+    """The window that reaches each layer's attention, from a packed forward of the patched model."""
+    seen: list[int] = []
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(masks.window_of(kwargs["attention_mask"]))
+
+    attentions = [module for module in model.modules() if patch.is_attention(module)]
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in attentions]
+    try:
+        verification.run_packed(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(seen)
+
+
+def _needs(model: Any, windows: tuple[int, ...]) -> attention.Needs:
+    weight: torch.Tensor = model.get_input_embeddings().weight
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return attention.Needs(weight.device.type, weight.dtype, head_dim, window=max(windows, default=0))
+
+
+def _notes(model: nn.Module, config: Any, windows: tuple[int, ...], patch: Patch) -> list[str]:
+    notes = []
+    configured = getattr(config, "sliding_window", None)
+    odd = sorted({window for window in windows if window and window != configured})
+    if odd:
+        notes.append(f"sliding_window is {configured}, but upstream's mask lets a query see {odd[0]} tokens; so does apply")
+    elif configured and getattr(config, "use_sliding_window", True) and not any(windows):
+        notes.append(f"sliding_window is {configured}, but upstream applies none with this implementation; neither does apply")
+    if any(rope.depends_on_length(module) for module in model.modules()):
+        notes.append("the rotary depends on a length: each example of a packed row is rotated by its own, not the row's")
+    version = versions.transformers_version()
+    if not versions.inside(version, patch.transformers):
+        notes.append(f"transformers {version} is outside the tested range {patch.transformers}; rely on verify")
+    return notes

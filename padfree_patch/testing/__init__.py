@@ -1,0 +1,14 @@
+"""What a test of a patch needs: tiny models, packed batches, the checks that a patched model passes, and counters.
+
+A third party's patch is tested by the same checks as ours:
+
+    @pytest.mark.parametrize("check", padfree_patch.testing.CHECKS, ids=lambda check: check.__name__)
+    def test_my_patch(check):
+        check(lambda: padfree_patch.testing.tiny_model(PATCH, "sdpa"))
+"""
+
+from .conformance import CHECKS
+from .counters import LargestTensor, SyncCounter
+from .models import TINY, Unavailable, examples, pack, tiny_model
+
+__all__ = ["CHECKS", "TINY", "LargestTensor", "SyncCounter", "Unavailable", "examples", "pack", "tiny_model"]

@@ -1,0 +1,206 @@
+"""What every patched model must pass. The oracle is each example run alone through the unpatched model.
+
+Each check takes a function that makes the model, and raises AssertionError. Most have their control built in: they
+fail on the unpatched model, which the test suite shows by running them with `patched=False`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..patching import applied
+from .models import examples, pack
+
+Make = Callable[[], Any]
+
+LENGTHS = (5, 9, 1, 12)
+"""Tokens per example; one token is the edge case, and the others are longer than the windows under test."""
+
+LOGIT_TOLERANCE = 2e-5
+"""Relative to the largest logit, float32: other matmul shapes add in another order, a few eps per layer."""
+
+GRADIENT_TOLERANCE = 2e-4
+"""Frobenius norm of the difference over that of the gradient, per parameter; sums over all tokens."""
+
+
+def check_logits(make: Make, *, patched: bool = True) -> None:
+    """A packed row's logits are those of each example alone."""
+    sequences = examples(LENGTHS)
+    alone = logits_alone(make, sequences)
+    with _maybe_applied(make(), patched) as model, torch.no_grad():
+        packed = model(**pack(sequences)).logits
+    error = largest(packed - alone) / largest(alone)
+    assert error < LOGIT_TOLERANCE, f"logits are off by {error:.2e} of the largest"
+
+
+def check_gradients(make: Make, *, patched: bool = True, prepare: Callable[[Any], Any] | None = None) -> None:
+    """Loss and every parameter's gradient of a packed row are those of the examples alone, averaged over tokens.
+
+    prepare: called on the model, in train mode, before it runs; to switch on gradient checkpointing, for example.
+    """
+    sequences = examples(LENGTHS)
+    loss, gradients = alone_loss_and_gradients(make, sequences)
+    with _maybe_applied(make().train(), patched) as model:
+        if prepare is not None:
+            prepare(model)
+        batch = pack(sequences)
+        output = model(**batch, labels=batch["input_ids"])
+        output.loss.backward()
+        torch.testing.assert_close(output.loss.item(), loss)
+        assert_gradients_close(model, gradients)
+
+
+def check_isolation(make: Make, *, patched: bool = True) -> None:
+    """Changing A leaves B's logits bit-identical; the gradient of B's loss at A's embeddings is exactly zero."""
+    a, b = examples((9, 8))
+    (other_a,) = examples((9,), seed=2)
+    with _maybe_applied(make(), patched) as model:
+        with torch.no_grad():
+            before, after = (model(**pack([each, b])).logits[:, 9:] for each in (a, other_a))
+        assert torch.equal(before, after), f"B's logits moved by {largest(before - after):.2e} when A changed"
+        batch = pack([a, b])
+        embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+        logits = model(inputs_embeds=embeds, position_ids=batch["position_ids"]).logits
+        logits[:, 9:].square().sum().backward()
+        leaked = largest(embeds.grad[:, :9])
+        assert leaked == 0, f"gradient of B's loss at A's embeddings: {leaked:.2e}"
+        assert largest(embeds.grad[:, 9:]) > 0
+
+
+def check_rows(make: Make, *, patched: bool = True) -> None:
+    """Several packed rows in a batch: each row begins a sequence, whatever the row before ended with."""
+    rows = [examples((3, 7, 2)), examples((6, 6), seed=3)]
+    alone = torch.cat([logits_alone(make, row) for row in rows])
+    batches = [pack(row) for row in rows]
+    batch = {name: torch.cat([each[name] for each in batches]) for name in batches[0]}
+    with _maybe_applied(make(), patched) as model, torch.no_grad():
+        packed = model(**batch).logits
+    error = largest(packed - alone) / largest(alone)
+    assert error < LOGIT_TOLERANCE, f"logits are off by {error:.2e} of the largest"
+
+
+def check_two_forwards(make: Make, *, patched: bool = True) -> None:
+    """Two forwards with other boundaries and the same total before one backward, with both kinds of checkpointing."""
+    first, second = examples((5, 9, 4)), examples((10, 8), seed=4)
+    expected: dict[str, Tensor] = {}
+    for sequences in (first, second):
+        _, gradients = alone_loss_and_gradients(make, sequences)
+        expected = {name: gradient + expected.get(name, 0) for name, gradient in gradients.items()}
+    for prepare in (lambda model: None, checkpointing(reentrant=True), checkpointing(reentrant=False)):
+        with _maybe_applied(make().train(), patched) as model:
+            prepare(model)
+            batches = [pack(sequences) for sequences in (first, second)]
+            sum(model(**batch, labels=batch["input_ids"]).loss for batch in batches).backward()
+            assert_gradients_close(model, expected)
+
+
+def check_ordinary_calls(make: Make, *, patched: bool = True) -> None:
+    """Padded batches, plain calls, a cache and generate are bit-identical before, during and after.
+
+    On a new model each time: some rotaries of upstream remember the longest sequence that they have seen.
+    """
+    before = ordinary_results(make())
+    with _maybe_applied(make(), patched) as model:
+        _assert_identical(ordinary_results(model), before)
+    with _maybe_applied(make(), patched) as restored:
+        pass
+    _assert_identical(ordinary_results(restored), before)
+
+
+CHECKS = (
+    check_logits,
+    check_gradients,
+    check_isolation,
+    check_rows,
+    check_two_forwards,
+    check_ordinary_calls,
+)
+
+
+def checkpointing(*, reentrant: bool) -> Callable[[Any], None]:
+    """A function that switches gradient checkpointing on, of the given kind, on any version."""
+
+    def switch_on(model: Any) -> None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()
+
+    return switch_on
+
+
+def logits_alone(make: Make, sequences: Sequence[Tensor]) -> Tensor:
+    """(1, T, V): each example through an unpatched model of its own, which no other example has left traces in."""
+    with torch.no_grad():
+        return torch.cat([make()(input_ids=each).logits for each in sequences], dim=1)
+
+
+def alone_loss_and_gradients(make: Make, sequences: Sequence[Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """The mean loss over all predicted tokens of the examples, each run alone, and its gradients."""
+    predicted = sum(each.shape[1] - 1 for each in sequences)
+    loss, gradients = 0.0, {}
+    for each in sequences:
+        if each.shape[1] == 1:
+            continue  # nothing to predict, and upstream's mean over no tokens is NaN
+        model = make().train()
+        weighted = model(input_ids=each, labels=each).loss * (each.shape[1] - 1) / predicted
+        weighted.backward()
+        loss += weighted.item()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                gradients[name] = parameter.grad + gradients.get(name, 0)
+    return loss, gradients
+
+
+def assert_gradients_close(model: Any, expected: dict[str, Tensor]) -> None:
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
+        assert error < GRADIENT_TOLERANCE, f"gradient of {name} is off by {error:.2e}"
+
+
+def ordinary_results(model: Any) -> dict[str, Tensor]:
+    """What a model gives for the calls that hold no packed row."""
+    short, long = examples((6, 10), vocab_size=model.config.vocab_size)
+    pad = torch.zeros(1, 4, dtype=torch.int64)
+    right, left = torch.cat([torch.cat([short, pad], 1), long]), torch.cat([torch.cat([pad, short], 1), long])
+    right_mask = torch.tensor([[1] * 6 + [0] * 4, [1] * 10])
+    left_mask = right_mask.flip(1)
+    left_positions = (left_mask.cumsum(-1) - 1).masked_fill(left_mask == 0, 1)
+    results = {}
+    with torch.no_grad():
+        results["plain"] = model(input_ids=long).logits
+        results["no cache"] = model(input_ids=long, use_cache=False).logits
+        results["positions"] = model(input_ids=long, position_ids=torch.arange(10).unsqueeze(0)).logits
+        results["padded right"] = model(input_ids=right, attention_mask=right_mask, labels=right).logits
+        results["padded left"] = model(input_ids=left, attention_mask=left_mask, position_ids=left_positions).logits
+        cache = model(input_ids=long[:, :7], use_cache=True).past_key_values
+        positions = torch.arange(7, 10).unsqueeze(0)
+        results["cache"] = model(input_ids=long[:, 7:], past_key_values=cache, position_ids=positions).logits
+        results["generate"] = model.generate(
+            left, attention_mask=left_mask, max_new_tokens=5, do_sample=False, pad_token_id=0
+        )
+    return results
+
+
+def largest(tensor: Tensor) -> float:
+    return tensor.detach().abs().max().item()
+
+
+def _assert_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), f"{name}: not bit-identical to the unpatched model"
+
+
+@contextlib.contextmanager
+def _maybe_applied(model: Any, patched: bool) -> Any:
+    if not patched:
+        yield model
+        return
+    with applied(model):
+        yield model

@@ -1,0 +1,74 @@
+"""Tiny models of every supported architecture, and random examples for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import versions
+from ..registry import Patch
+
+TINY: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+"""Config values that most decoders share; a patch overrides them with its `tiny`."""
+
+
+class Unavailable(Exception):
+    """Upstream itself has no such model: not in this version, or not with this attention implementation."""
+
+
+def tiny_model(patch: Patch, implementation: str = "sdpa", *, seed: int = 0, **config: Any) -> Any:
+    """A randomly initialised causal language model, in eval mode, float32, on the CPU.
+
+    Args:
+        patch: whose architecture.
+        implementation: "eager" or "sdpa", as in from_pretrained's `attn_implementation`.
+        seed: of the weights; the same seed gives the same model.
+        config: values on top of the patch's `tiny`.
+
+    Raises Unavailable if upstream has no such model here.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {**TINY, **patch.tiny, **config}
+    if versions.transformers_version().release < (4, 43) and (scaling := values.get("rope_scaling")):
+        values["rope_scaling"] = {"type": scaling["rope_type"], "factor": scaling["factor"]}  # as it was called then
+    try:
+        built = AutoConfig.for_model(patch.model_type, **{k: _copied(v) for k, v in values.items()})
+    except (KeyError, ValueError) as error:
+        raise Unavailable(f"transformers {versions.transformers_version()} has no {patch.model_type}") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return AutoModelForCausalLM.from_config(built, attn_implementation=implementation).eval()
+        except (ImportError, ValueError) as error:
+            raise Unavailable(f"{patch.model_type} can't be loaded as {implementation}: {error}") from error
+
+
+def examples(lengths: Sequence[int], *, seed: int = 1, vocab_size: int = TINY["vocab_size"]) -> list[Tensor]:
+    """Random token ids, int64 (1, length) each, without the special tokens 0 to 2."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocab_size, (1, length), generator=generator) for length in lengths]
+
+
+def pack(sequences: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The examples (1, length) end to end: input_ids and restarting position_ids, (1, T) each."""
+    positions = [torch.arange(each.shape[1]).unsqueeze(0) for each in sequences]
+    return {"input_ids": torch.cat(list(sequences), dim=1), "position_ids": torch.cat(positions, dim=1)}
+
+
+def _copied(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else value  # upstream writes into the rope_scaling it is given

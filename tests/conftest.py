@@ -1,0 +1,52 @@
+"""Fixtures that the whole suite shares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from padfree_patch.registry import Patch, registry
+from padfree_patch.testing import Unavailable, tiny_model
+
+PATCHES = registry().patches()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny tensors: threads only cost time here, and the suite runs one process per core."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=PATCHES, ids=lambda patch: patch.model_type)
+def patch(request) -> Patch:
+    return request.param
+
+
+@pytest.fixture(params=["eager", "sdpa"])
+def implementation(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def make(patch, implementation):
+    """Makes the same tiny model of the architecture and implementation at hand on every call."""
+
+    def make_model(**config):
+        return tiny_model(patch, implementation, **config)
+
+    skip_if_unavailable(make_model)
+    return make_model
+
+
+@pytest.fixture
+def llama():
+    """A tiny Llama for tests of the machinery that no architecture changes."""
+    return tiny_model(registry().get("llama"), "sdpa")
+
+
+def skip_if_unavailable(make_model) -> None:
+    """Skips the test, with upstream's reason, if upstream has no such model in this version."""
+    try:
+        make_model()
+    except Unavailable as reason:
+        pytest.skip(str(reason))

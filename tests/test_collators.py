@@ -1,0 +1,130 @@
+"""DataCollatorWithFlattening: upstream's newest, on every version."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from padfree_patch import DataCollatorWithFlattening, PackedSequences, PadfreeError, applied
+from padfree_patch.testing import conformance, examples
+
+FEATURES = [
+    {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 1, 1]},
+    {"input_ids": torch.tensor([8]), "labels": torch.tensor([8])},
+    {"input_ids": [9, 10], "labels": [9, 10]},
+]
+
+
+def test_defaults():
+    batch = DataCollatorWithFlattening()(FEATURES)
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "input_ids": [[5, 6, 7, 8, 9, 10]],
+        "labels": [[-100, 6, 7, -100, -100, 10]],
+        "position_ids": [[0, 1, 2, 0, 0, 1]],
+    }
+    assert all(value.dtype == torch.int64 for value in batch.values())
+
+
+def test_everything_that_can_be_asked_for():
+    collator = DataCollatorWithFlattening(
+        separator_id=-1, return_flash_attn_kwargs=True, return_seq_idx=True, position_ids_start=2
+    )
+    batch = collator(FEATURES)
+    assert batch["labels"].tolist() == [[-1, 6, 7, -1, -1, 10]]
+    assert batch["position_ids"].tolist() == [[2, 3, 4, 2, 2, 3]]
+    assert batch["seq_idx"].tolist() == [[0, 0, 0, 1, 2, 2]]
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 4, 6]
+    assert batch["cu_seq_lens_q"].dtype == batch["seq_idx"].dtype == torch.int32
+    assert batch["max_length_q"] == batch["max_length_k"] == 3
+    assert type(batch["max_length_q"]) is int
+    assert batch["packed_sequences"] == PackedSequences.from_lengths([3, 1, 2])
+
+
+def test_labels_default_to_the_tokens():
+    features = [{"input_ids": feature["input_ids"]} for feature in FEATURES]
+    assert DataCollatorWithFlattening()(features)["labels"].tolist() == [[-100, 6, 7, -100, -100, 10]]
+
+
+@pytest.mark.parametrize("return_tensors", ["pt", "np"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"return_position_ids": False},
+        {"separator_id": -7},
+        {"return_flash_attn_kwargs": True},
+        {"return_seq_idx": True},
+        {"position_ids_start": 2},
+    ],
+    ids=str,
+)
+def test_gives_what_upstreams_gives(options, return_tensors):
+    upstream = getattr(transformers, "DataCollatorWithFlattening", None)
+    unknown = set(options) - set(inspect.signature(upstream.__init__).parameters) if upstream else {"all"}
+    if unknown:
+        pytest.skip(f"transformers {transformers.__version__} does not know {unknown}")
+    expected = upstream(**options, return_tensors=return_tensors)([dict(feature) for feature in FEATURES])
+    found = DataCollatorWithFlattening(return_tensors, **options)(FEATURES)
+    assert set(found) - set(expected) <= {"packed_sequences"}
+    for name, value in expected.items():
+        assert type(found[name]) is type(value)
+        np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(value))
+        assert getattr(found[name], "dtype", None) == getattr(value, "dtype", None)
+
+
+def test_takes_all_arguments_of_upstreams():
+    upstream = getattr(transformers, "DataCollatorWithFlattening", None)
+    if upstream is None:
+        pytest.skip(f"transformers {transformers.__version__} has no DataCollatorWithFlattening")
+    theirs = inspect.signature(upstream.__init__).parameters
+    ours = inspect.signature(DataCollatorWithFlattening.__init__).parameters
+    for name, parameter in theirs.items():
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            assert ours[name].default == parameter.default, name
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ([], "no examples"),
+        ([{"input_ids": [1]}, {"input_ids": []}], "example 1 of 2 has no tokens; drop"),
+        ([{"labels": [1]}], "example 0 has no input_ids; it has labels"),
+        ([{"input_ids": [1], "labels": [1]}, {"input_ids": [1]}], "example 1 has no labels; it has input_ids"),
+        ([{"input_ids": [1, 2], "labels": [1]}], "example 0 of 1 has 2 tokens, but 1 labels"),
+        ([{"input_ids": [1, 0, 0], "attention_mask": [1, 0, 0]}], "example 0 of 1 is padded by 2 tokens"),
+    ],
+)
+def test_bad_examples_are_named(features, message):
+    with pytest.raises(PadfreeError, match=message):
+        DataCollatorWithFlattening()(features)
+
+
+def test_unknown_return_tensors_is_refused():
+    with pytest.raises(PadfreeError, match="return_tensors='tf'"):
+        DataCollatorWithFlattening("tf")(FEATURES)
+
+
+@pytest.mark.parametrize("return_position_ids", [True, False])
+@pytest.mark.parametrize("start", [0, 2])
+def test_lengths_pass_through_a_patched_model(make, return_position_ids, start):
+    sequences = examples((5, 9, 1))
+    collator = DataCollatorWithFlattening(
+        return_flash_attn_kwargs=True,
+        return_seq_idx=True,
+        return_position_ids=return_position_ids,
+        position_ids_start=start,
+    )
+    batch = collator([{"input_ids": each[0]} for each in sequences])
+    alone = conformance.logits_alone(make, sequences)
+    with applied(make()) as model, torch.no_grad():
+        for leave_out in ((), ("packed_sequences",)):
+            packed = model(**{name: value for name, value in batch.items() if name not in leave_out}).logits
+            error = conformance.largest(packed - alone) / conformance.largest(alone)
+            assert error < conformance.LOGIT_TOLERANCE
+        with pytest.raises((TypeError, AssertionError)):  # the control: unpatched, they are refused or ignored
+            naive = make()(**{name: value for name, value in batch.items() if name != "packed_sequences"}).logits
+            assert conformance.largest(naive - alone) < conformance.LOGIT_TOLERANCE

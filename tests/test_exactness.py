@@ -1,0 +1,92 @@
+"""Promise 1: a packed row gives what each example gives alone; every architecture, implementation and variant."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import PATCHES, skip_if_unavailable
+
+from padfree_patch import applied
+from padfree_patch.testing import CHECKS, conformance, examples, pack, tiny_model
+
+VARIANTS = [(patch, name) for patch in PATCHES for name in ("default", *patch.variants)]
+
+
+def _id(value) -> str:
+    return getattr(value, "model_type", None) or getattr(value, "__name__", None) or str(value).replace(" ", "-")
+
+
+@pytest.mark.parametrize(("patch", "variant"), VARIANTS, ids=_id)
+@pytest.mark.parametrize("check", CHECKS, ids=_id)
+def test_patched_model_passes(check, patch, variant, implementation):
+    def make():
+        return tiny_model(patch, implementation, **patch.variants.get(variant, {}))
+
+    skip_if_unavailable(make)
+    check(make)
+
+
+@pytest.mark.parametrize("check", [check for check in CHECKS if check is not conformance.check_ordinary_calls], ids=_id)
+def test_unpatched_model_fails(check, make):
+    with pytest.raises(AssertionError):
+        check(make, patched=False)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_gradients_survive_checkpointing(make, reentrant):
+    conformance.check_gradients(make, prepare=conformance.checkpointing(reentrant=reentrant))
+
+
+def test_loss_is_the_padded_batchs(make):
+    sequences = examples((5, 9, 1, 12))
+    padded = torch.zeros(4, 12, dtype=torch.int64)
+    mask, labels = torch.zeros_like(padded), torch.full_like(padded, -100)
+    for row, each in enumerate(sequences):
+        length = each.shape[1]
+        padded[row, :length] = labels[row, :length] = each
+        mask[row, :length] = 1
+    with torch.no_grad():
+        expected = make()(input_ids=padded, attention_mask=mask, labels=labels).loss
+        with applied(make()) as model:
+            batch = pack(sequences)
+            torch.testing.assert_close(model(**batch, labels=batch["input_ids"]).loss, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_is_no_worse_than_upstreams(make, dtype):
+    """Bound: upstream's own error against float32, alone, with a factor for the luck of rounding."""
+    sequences = examples((5, 9, 12))
+    exact = conformance.logits_alone(make, sequences)
+    upstream = conformance.logits_alone(lambda: make().to(dtype), sequences)
+    with applied(make().to(dtype)) as model, torch.no_grad():
+        packed = model(**pack(sequences)).logits
+    assert (packed.float() - exact).norm() < 1.5 * (upstream.float() - exact).norm()
+
+
+def test_positions_may_start_elsewhere(make):
+    """Rope sees differences of positions only, so an example that starts at 3 has the logits of one that starts at 0."""
+    sequences = examples((5, 9))
+    batch = pack(sequences)
+    batch["position_ids"][:, :5] += 3
+    alone = conformance.logits_alone(make, sequences)
+    with applied(make()) as model, torch.no_grad():
+        packed = model(**batch).logits
+    assert conformance.largest(packed - alone) < conformance.LOGIT_TOLERANCE * conformance.largest(alone)
+
+
+def test_dropout_is_isolated_and_random(make):
+    """In train mode the attention weights are dropped at random, but B still does not depend on A."""
+    model = make(attention_dropout=0.5).train()
+    a, b = examples((9, 8))
+    (other_a,) = examples((9,), seed=2)
+    if not getattr(model.config, "attention_dropout", 0):
+        pytest.skip("this version of the architecture has no attention dropout")
+
+    def run(first):
+        torch.manual_seed(0)
+        return model(**pack([first, b])).logits[:, 9:]
+
+    with applied(model), torch.no_grad():
+        assert torch.equal(run(a), run(other_a))
+        torch.manual_seed(1)
+        assert not torch.equal(run(a), model(**pack([a, b])).logits[:, 9:])

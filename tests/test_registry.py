@@ -1,0 +1,70 @@
+"""The registry, and what every registered patch must have."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+
+import pytest
+from packaging.specifiers import SpecifierSet
+
+from padfree_patch import PadfreeError, Patch, registry
+
+
+def patch_named(model_type: str) -> Patch:
+    return Patch(model_type=model_type, attention="A", decoder="M", transformers=">=4.36")
+
+
+def test_second_registration_of_a_name_prints_what_is_registered():
+    found = registry.Registry([patch_named("one"), patch_named("two")])
+    with pytest.raises(PadfreeError, match=r"'two' is registered already: Patch\(.*; registered: one, two"):
+        found.register(patch_named("two"))
+    assert found.model_types() == ["one", "two"]
+
+
+def test_patch_is_frozen(patch):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        patch.model_type = "other"
+    with pytest.raises(TypeError):
+        patch.tiny["hidden_size"] = 1
+    hash(patch)
+
+
+class EntryPoint:
+    def __init__(self, name, result):
+        self.name, self.value, self._result = name, f"package.{name}:PATCH", result
+
+    def load(self):
+        if isinstance(self._result, Exception):
+            raise self._result
+        return self._result
+
+
+@pytest.mark.parametrize(
+    ("entry_points", "message"),
+    [
+        ([EntryPoint("a", ImportError("no module b"))], "entry point a = package.a:PATCH does not load: no module b"),
+        ([EntryPoint("a", 7)], "entry point a = package.a:PATCH is no Patch: 7"),
+        ([EntryPoint("a", patch_named("x")), EntryPoint("b", patch_named("x"))], "'x' is registered already"),
+    ],
+)
+def test_broken_entry_points_are_named(monkeypatch, entry_points, message):
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entry_points)
+    with pytest.raises(PadfreeError, match=message):
+        registry.registry.__wrapped__()
+
+
+def test_third_partys_patch_is_found(monkeypatch):
+    ours = list(importlib.metadata.entry_points(group=registry.ENTRY_POINT_GROUP))
+    theirs = EntryPoint("theirs", patch_named("theirs"))
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [*ours, theirs])
+    assert "theirs" in registry.registry.__wrapped__().model_types()
+
+
+def test_every_patch_module_is_an_entry_point_and_says_what_it_was_read_against(patch):
+    module = importlib.import_module(f"padfree_patch.patches.{patch.model_type}")
+    assert module.PATCH is patch
+    assert module.__doc__ is not None
+    assert f"models/{patch.model_type}/modeling_{patch.model_type}.py of transformers" in module.__doc__
+    assert SpecifierSet(patch.transformers)

@@ -1,0 +1,113 @@
+"""verify: finds leaks, names the first module, leaves the model as it was."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+import padfree_patch
+from padfree_patch.registry import registry
+from padfree_patch.testing import tiny_model
+
+
+def test_finds_the_leak_of_upstream_and_its_first_module(make):
+    model = make()
+    result = padfree_patch.verify(model)
+    assert not result
+    assert not result.isolated
+    assert result.logit_change > 1e-3
+    assert result.leaked_gradient > 1e-6
+    assert result.first_leak == "model.layers.0.self_attn"
+    assert "EXAMPLES MIX" in str(result)
+
+
+def test_patched_model_is_isolated(make):
+    with padfree_patch.applied(make()) as model:
+        result = padfree_patch.verify(model)
+    assert result
+    assert (result.logit_change, result.leaked_gradient) == (0, 0)
+    assert result.alone_error <= result.alone_tolerance == pytest.approx(2e-5, rel=0.05)
+    assert "do not mix" in str(result)
+
+
+def test_names_a_leak_that_is_not_attentions(llama):
+    """A layer that looks one token back, over the boundary: the probes see it, and it is named."""
+
+    class LooksBack(torch.nn.Module):
+        def forward(self, x):
+            return x + 0.1 * x.roll(1, dims=1)
+
+    llama.model.layers[1].mlp = torch.nn.Sequential(llama.model.layers[1].mlp, LooksBack())
+    with padfree_patch.applied(llama, verify=False):
+        result = padfree_patch.verify(llama)
+        assert not result
+        assert result.first_leak == "model.layers.1.mlp.1"
+    with pytest.raises(padfree_patch.LeakError, match=r"first module that leaks +model\.layers\.1\.mlp\.1"):
+        padfree_patch.apply(llama)
+
+
+def test_isolated_but_wrong_is_no_success(llama):
+    """Examples that do not mix but are computed otherwise than alone: only the third probe sees it."""
+    llama.model.norm.register_forward_hook(lambda module, args, output: output * (1 + 0.01 * (output.shape[1] > 10)))
+    with padfree_patch.applied(llama, verify=False):
+        result = padfree_patch.verify(llama)
+    assert result.isolated
+    assert not result.ok
+    assert "WRONG RESULT" in str(result)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_leaves_everything_as_found(make, training, grad_mode):
+    model = make(attention_dropout=0.1).train(training)
+    model.lm_head.eval()  # modes differ per module
+    model.model.norm.weight.grad = torch.ones_like(model.model.norm.weight)
+    model.requires_grad_(False)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state = {name: dict(vars(module)) for name, module in model.named_modules()}
+    parameters = {name: p.clone() for name, p in model.named_parameters()}
+    random_state = torch.get_rng_state()
+    padfree_patch.apply(model)
+    with grad_mode():
+        assert padfree_patch.verify(model)
+    padfree_patch.restore(model)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == state
+    assert all(torch.equal(p, parameters[name]) for name, p in model.named_parameters())
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["model.norm.weight"]
+    assert torch.equal(model.model.norm.weight.grad, torch.ones_like(model.model.norm.weight))
+
+
+def test_leaves_a_rotary_that_grows_as_found():
+    config = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 4}
+    model = tiny_model(registry().get("llama"), "sdpa", **config)
+    rotaries = [module for module in model.modules() if "RotaryEmbedding" in type(module).__name__]
+    before = [dict(vars(rotary)) for rotary in rotaries]
+    padfree_patch.verify(model)
+    assert [dict(vars(rotary)) for rotary in rotaries] == before
+
+
+def test_takes_under_a_second(llama):
+    start = time.perf_counter()
+    padfree_patch.verify(llama)
+    assert time.perf_counter() - start < 1
+
+
+def test_says_why_it_cannot():
+    with torch.device("meta"):
+        model = tiny_model(registry().get("llama"))
+    result = padfree_patch.verify(model)
+    assert not result
+    assert result.skipped == "parameter model.embed_tokens.weight is on the meta device"
+    assert "not verified" in str(result)
+    assert not padfree_patch.verify(torch.nn.Linear(1, 1))
+
+
+def test_works_in_half_precision_and_under_autocast(make):
+    with padfree_patch.applied(make().to(torch.bfloat16)) as model:
+        assert padfree_patch.verify(model)
+    with padfree_patch.applied(make()) as model, torch.autocast("cpu", torch.bfloat16):
+        assert padfree_patch.verify(model)

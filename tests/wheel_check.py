@@ -1,0 +1,38 @@
+"""Checks an installed wheel. The nox session `wheel` runs it, away from the repository."""
+
+import importlib
+import sys
+from importlib.resources import files
+
+
+def check_import_loads_no_model_code() -> None:
+    import padfree_patch  # noqa: F401
+
+    loaded = [name for name in sys.modules if name.startswith("transformers.models")]
+    assert not loaded, f"import padfree_patch imported {loaded}"
+
+
+def check_installed_whole() -> None:
+    for name in ("padfree_patch", "padfree_patch.patches.llama"):
+        path = importlib.import_module(name).__file__
+        assert path and "site-packages" in path, f"{name} comes from {path}"
+    assert files("padfree_patch").joinpath("py.typed").is_file()
+    assert any(file.name.endswith(".jsonl") for file in files("padfree_patch.demo").iterdir())
+
+
+def check_apply_stops_the_leak() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import padfree_patch
+
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2))
+    before = padfree_patch.verify(model)
+    assert not before, before
+    padfree_patch.apply(model)
+    after = padfree_patch.verify(model)
+    assert after, after
+
+
+for check in (check_import_loads_no_model_code, check_installed_whole, check_apply_stops_the_leak):
+    check()
+    print(f"wheel: {check.__name__}: ok")
