@@ -5,7 +5,7 @@
 Importing this package patches nothing and imports no model code.
 """
 
-from .collators import DataCollatorWithFlattening
+from .collators import DataCollatorForCompletionOnlyLM, DataCollatorWithFlattening
 from .errors import LeakError, PadfreeError
 from .explanation import Explanation, explain
 from .packing import PackedSequences
@@ -14,6 +14,7 @@ from .registry import Patch
 from .verification import Verification, verify
 
 __all__ = [
+    "DataCollatorForCompletionOnlyLM",
     "DataCollatorWithFlattening",
     "Explanation",
     "LeakError",

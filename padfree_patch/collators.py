@@ -95,6 +95,121 @@ class DataCollatorWithFlattening:
         return batch
 
 
+class DataCollatorForCompletionOnlyLM:
+    """Trains on completions only: what comes before a response template gets the label `ignore_index`.
+
+    TRL's collator of this name (removed there in 0.20), with its arguments and meaning. Two things differ: the labels
+    are made before padding, so that a tokenizer whose pad is its end token still learns to end; and an example without
+    its template is an error instead of a warning and an example that trains nothing.
+
+    Args:
+        response_template: what a completion begins after, as text or token ids. The last one counts, or with an
+            `instruction_template` every one.
+        instruction_template: what the next instruction begins with, for several turns: trained is from each response
+            template to the next instruction.
+        tokenizer: for templates given as text, and for padding; its `pad_token_id` is used.
+        mlm: only False; TRL has it for its base class.
+        ignore_index: label of what is not trained on.
+        padding_free: flatten the examples (`DataCollatorWithFlattening`, which takes `flattening`) instead of padding.
+        pad_to_multiple_of: round the padded length up to it.
+        flattening: arguments of `DataCollatorWithFlattening`.
+    """
+
+    def __init__(
+        self,
+        response_template: str | Sequence[int],
+        instruction_template: str | Sequence[int] | None = None,
+        tokenizer: Any = None,
+        mlm: bool = False,
+        *,
+        ignore_index: int = -100,
+        padding_free: bool = False,
+        pad_to_multiple_of: int | None = None,
+        **flattening: Any,
+    ):
+        if mlm:
+            raise PadfreeError("DataCollatorForCompletionOnlyLM: mlm=True means nothing here, completions are causal")
+        if flattening and not padding_free:
+            raise PadfreeError(f"DataCollatorForCompletionOnlyLM: {', '.join(flattening)} need padding_free=True")
+        self.tokenizer = tokenizer
+        self.response_token_ids = self._ids(response_template, "response_template")
+        self.instruction_token_ids = (
+            None if instruction_template is None else self._ids(instruction_template, "instruction_template")
+        )
+        self.ignore_index = ignore_index
+        self.padding_free = padding_free
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self._flatten = DataCollatorWithFlattening(separator_id=ignore_index, **flattening)
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Collates examples with `input_ids`; `labels` they may have are not looked at.
+
+        Returns what `DataCollatorWithFlattening` does, or padded int64 `input_ids`, `attention_mask` and `labels` (B, T).
+
+        Raises PadfreeError naming the example if it has no response template (or none of the instruction template).
+        """
+        examples = []
+        for i, feature in enumerate(features):
+            tokens = _values(feature, "input_ids", i)
+            labels = np.where(self._completions(tokens, i, len(features)), tokens, self.ignore_index)
+            mask = feature.get("attention_mask", np.ones_like(tokens))
+            examples.append({"input_ids": tokens, "labels": labels, "attention_mask": mask})
+        return self._flatten(examples) if self.padding_free else self._padded(examples)
+
+    def _completions(self, tokens: np.ndarray[Any, Any], index: int, count: int) -> np.ndarray[Any, Any]:
+        """(T,): whether a token belongs to a completion."""
+        trained = np.zeros(len(tokens), dtype=bool)
+        response = self.response_token_ids
+        begins = [at + len(response) for at in self._found(tokens, response, "response", index, count)]
+        if self.instruction_token_ids is None:
+            trained[begins[-1] :] = True
+            return trained
+        instructions = self._found(tokens, self.instruction_token_ids, "instruction", index, count)
+        for begin in begins:
+            trained[begin : next((at for at in instructions if at >= begin), len(tokens))] = True
+        for begin in begins:  # a template is no completion, not even of the one before
+            trained[begin - len(response) : begin] = False
+        return trained
+
+    @staticmethod
+    def _found(
+        tokens: np.ndarray[Any, Any], template: list[int], what: str, index: int, count: int
+    ) -> list[int]:
+        """Where the template stands."""
+        size = len(template)
+        places = [at for at in range(len(tokens) - size + 1) if tokens[at : at + size].tolist() == template]
+        if not places:
+            raise PadfreeError(
+                f"example {index} of {count} has no {what} template ({template}) in its {len(tokens)} tokens; "
+                "it may have been cut off, or the tokenizer splits the text differently in its context (give token ids)"
+            )
+        return places
+
+    def _ids(self, template: str | Sequence[int], name: str) -> list[int]:
+        if isinstance(template, str):
+            if self.tokenizer is None:
+                raise PadfreeError(f"{name}={template!r} is text: pass tokenizer= too, or its token ids")
+            template = self.tokenizer.encode(template, add_special_tokens=False)
+        if not len(template):
+            raise PadfreeError(f"{name} is empty")
+        return [int(token) for token in template]
+
+    def _padded(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        pad_token_id = getattr(self.tokenizer, "pad_token_id", None)
+        if pad_token_id is None:
+            raise PadfreeError("padding needs a tokenizer with a pad_token_id; or choose padding_free=True")
+        fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": self.ignore_index}
+        multiple = self.pad_to_multiple_of or 1
+        width = -(-max(len(example["input_ids"]) for example in examples) // multiple) * multiple
+        left = getattr(self.tokenizer, "padding_side", "right") == "left"
+        batch = {name: np.full((len(examples), width), value, dtype=np.int64) for name, value in fill.items()}
+        for row, example in enumerate(examples):
+            size = len(example["input_ids"])
+            for name, values in batch.items():
+                values[row, width - size if left else 0 : width if left else size] = example[name]
+        return _as_tensors(batch, "pt")
+
+
 def _values(feature: Mapping[str, Any], name: str, index: int) -> np.ndarray[Any, Any]:
     if name not in feature:
         raise PadfreeError(f"example {index} has no {name}; it has {', '.join(feature) or 'nothing'}")

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from padfree_patch import DataCollatorWithFlattening, PackedSequences, PadfreeError, applied
+from padfree_patch import (
+    DataCollatorForCompletionOnlyLM,
+    DataCollatorWithFlattening,
+    PackedSequences,
+    PadfreeError,
+    applied,
+)
 from padfree_patch.testing import conformance, examples
 
 FEATURES = [
@@ -67,7 +74,10 @@ def test_gives_what_upstreams_gives(options, return_tensors):
     unknown = set(options) - set(inspect.signature(upstream.__init__).parameters) if upstream else {"all"}
     if unknown:
         pytest.skip(f"transformers {transformers.__version__} does not know {unknown}")
-    expected = upstream(**options, return_tensors=return_tensors)([dict(feature) for feature in FEATURES])
+    lists = [{name: list(map(int, value)) for name, value in feature.items()} for feature in FEATURES]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # up to 4.56: "make sure your attention computation is able to handle it"
+        expected = upstream(**options, return_tensors=return_tensors)(lists)
     found = DataCollatorWithFlattening(return_tensors, **options)(FEATURES)
     assert set(found) - set(expected) <= {"packed_sequences"}
     for name, value in expected.items():
@@ -128,3 +138,72 @@ def test_lengths_pass_through_a_patched_model(make, return_position_ids, start):
         with pytest.raises((TypeError, AssertionError)):  # the control: unpatched, they are refused or ignored
             naive = make()(**{name: value for name, value in batch.items() if name != "packed_sequences"}).logits
             assert conformance.largest(naive - alone) < conformance.LOGIT_TOLERANCE
+
+
+class Tokenizer:
+    """One token per character, its code point; pads with its own end token, as many do."""
+
+    pad_token_id = eos_token_id = ord("$")
+    padding_side = "right"
+
+    def encode(self, text, add_special_tokens=True):
+        return [ord(character) for character in text]
+
+
+def completion_labels(text, batch_row):
+    """What is trained on: the text with a dot for every ignored label."""
+    return "".join("." if label == -100 else chr(label) for label in batch_row.tolist())
+
+
+def collate(texts, **options):
+    options = {"response_template": "A:", "tokenizer": Tokenizer(), **options}
+    features = [{"input_ids": Tokenizer().encode(text)} for text in texts]
+    return DataCollatorForCompletionOnlyLM(**options)(features)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "trained"),
+    [
+        ("Q:oneA:two$", {}, ".......two$"),
+        ("Q:oneA:two$", {"response_template": [ord("A"), ord(":")]}, ".......two$"),
+        ("A:noA:two$", {}, "......two$"),  # the last one counts, as in TRL
+        ("Q:1A:23Q:4A:56$", {"instruction_template": "Q:"}, ".....23.....56$"),
+        ("Q:1A:23Q:45", {"instruction_template": "Q:"}, ".....23...."),  # a turn without an answer
+        ("hi A:23Q:4A:5$", {"instruction_template": "Q:"}, ".....23.....5$"),  # begins without an instruction
+    ],
+)
+def test_completion_only_labels(text, options, trained):
+    padded = collate([text, "Q:A:x$"], **options)
+    assert completion_labels(text, padded["labels"][0]).rstrip(".") == trained.rstrip(".")
+    flat = collate([text, "Q:A:x$"], **options, padding_free=True)
+    assert completion_labels(text, flat["labels"][0]) == trained + "....x$"
+
+
+def test_completion_only_pads_or_flattens():
+    texts = ["Q:A:xyz$", "Q:A:x$"]
+    padded = collate(texts)
+    assert padded["input_ids"].shape == padded["attention_mask"].shape == (2, 8)
+    assert padded["attention_mask"].tolist() == [[1] * 8, [1] * 6 + [0] * 2]
+    assert padded["labels"][1].tolist() == [-100] * 4 + [ord("x"), ord("$"), -100, -100]  # eos stays, pad does not
+    flat = collate(texts, padding_free=True, return_flash_attn_kwargs=True)
+    assert flat["position_ids"].tolist() == [[*range(8), *range(6)]]
+    assert flat["cu_seq_lens_q"].tolist() == [0, 8, 14]
+    assert "attention_mask" not in flat
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("Q:one", {}, r"example 1 of 2 has no response template \(\[65, 58\]\) in its 5 tokens"),
+        ("oneA:two", {"instruction_template": "Q:"}, r"example 1 of 2 has no instruction template \(\[81, 58\]\)"),
+    ],
+)
+def test_missing_template_is_loud(text, options, message):
+    with pytest.raises(PadfreeError, match=message):
+        collate(["Q:A:x", text], **options)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"mlm": True}, "mlm"), ({"response_template": ""}, "is empty")])
+def test_completion_only_refuses_nonsense(options, message):
+    with pytest.raises(PadfreeError, match=message):
+        collate(["Q:A:x"], **options)
