@@ -35,11 +35,15 @@ class StepBench:
 
     def __str__(self) -> str:
         tokens = sum(self.lengths)
-        lines = [f"{len(self.lengths)} examples, {tokens} tokens, {self.padding_share:.0%} of the padded batch is padding"]
+        lines = [
+            f"{len(self.lengths)} examples, {tokens} tokens, {self.padding_share:.0%} of the padded batch is padding"
+        ]
         for name in ("padded", "packed", "ceiling"):
             seconds = getattr(self, f"{name}_seconds")
             lines.append(f"  {name:8} {seconds:8.3f} s per step   {tokens / seconds:9.0f} real tokens/s")
-        lines.append(f"  padding-free is {self.speedup:.2f} x as fast as padded, {self.ceiling_ratio:.2f} of the ceiling")
+        lines.append(
+            f"  padding-free is {self.speedup:.2f} x as fast as padded, {self.ceiling_ratio:.2f} of the ceiling"
+        )
         return "\n".join(lines)
 
     @property
@@ -64,7 +68,9 @@ def bench_step(model: Any, *, batch_size: int = 8, steps: int = 5) -> StepBench:
         "packed": packed,
         "ceiling": {"input_ids": equal, "labels": equal},
     }
-    batches = {name: {k: v.to(device) if isinstance(v, Tensor) else v for k, v in b.items()} for name, b in batches.items()}
+    batches = {
+        name: {k: v.to(device) if isinstance(v, Tensor) else v for k, v in b.items()} for name, b in batches.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in batches}
     model.train()
     for step in range(steps + 1):

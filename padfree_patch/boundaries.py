@@ -1,9 +1,9 @@
 """Which sequences a batch holds: worked out once per forward, found again by every layer.
 
-The position_ids tensor that reaches a layer is the truth; the cache only saves the time (and the device sync) of reading
-it again. A context set around the model's forward would not do: it is gone when gradient checkpointing recomputes a layer
-in the backward, and wrong when a second batch went forward before the first one's backward. What a miss costs is one
-sync, never a wrong result.
+The position_ids tensor that reaches a layer is the truth; the cache only saves the time (and the device sync) of
+reading it again. A context set around the model's forward would not do: it is gone when gradient checkpointing
+recomputes a layer in the backward, and wrong when a second batch went forward before the first one's backward. What a
+miss costs is one sync, never a wrong result.
 """
 
 from __future__ import annotations
@@ -120,9 +120,9 @@ def _read_lengths(
     sequences = _sequences_from(lengths, total, device)
     if positions is not None:
         _check_agreement(positions, sequences)
-    if mask is not None and mask.dtype != torch.bool and (mask_lengths := read_positions_and_mask(None, mask)):
-        if tuple(mask_lengths) != sequences.lengths:
-            raise PadfreeError(f"attention_mask has segments of {mask_lengths} tokens, the lengths say {sequences.lengths}")
+    segments = None if mask is None or mask.dtype == torch.bool else read_positions_and_mask(None, mask)
+    if segments is not None and tuple(segments) != sequences.lengths:
+        raise PadfreeError(f"attention_mask has segments of {segments} tokens, the lengths say {sequences.lengths}")
     if len(sequences) == shape[0] and sequences.max_seqlen == shape[1]:
         return None  # every row is one sequence
     _check_rows(shape, sequences)
@@ -142,7 +142,9 @@ def _sequences_from(lengths: Mapping[str, Any], total: int, device: torch.device
     if (seq_idx := lengths.get("seq_idx")) is not None:
         found = PackedSequences.from_attention_mask(seq_idx + 1)
         return PackedSequences.from_lengths(found.lengths, device=device, total=total)
-    raise PadfreeError(f"{', '.join(lengths)} without cu_seq_lens_q: the maximum alone does not say where sequences end")
+    raise PadfreeError(
+        f"{', '.join(lengths)} without cu_seq_lens_q: the maximum alone does not say where sequences end"
+    )
 
 
 def _check_agreement(positions: Tensor, sequences: PackedSequences) -> None:

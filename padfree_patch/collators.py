@@ -144,7 +144,7 @@ class DataCollatorForCompletionOnlyLM:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collates examples with `input_ids`; `labels` they may have are not looked at.
 
-        Returns what `DataCollatorWithFlattening` does, or padded int64 `input_ids`, `attention_mask` and `labels` (B, T).
+        Returns what `DataCollatorWithFlattening` does, or padded `input_ids`, `attention_mask` and `labels` (B, T).
 
         Raises PadfreeError naming the example if it has no response template (or none of the instruction template).
         """
@@ -172,9 +172,7 @@ class DataCollatorForCompletionOnlyLM:
         return trained
 
     @staticmethod
-    def _found(
-        tokens: np.ndarray[Any, Any], template: list[int], what: str, index: int, count: int
-    ) -> list[int]:
+    def _found(tokens: np.ndarray[Any, Any], template: list[int], what: str, index: int, count: int) -> list[int]:
         """Where the template stands."""
         size = len(template)
         places = [at for at in range(len(tokens) - size + 1) if tokens[at : at + size].tolist() == template]

@@ -148,11 +148,17 @@ def _notes(model: nn.Module, config: Any, windows: tuple[int, ...], patch: Patch
     configured = getattr(config, "sliding_window", None)
     odd = sorted({window for window in windows if window and window != configured})
     if odd:
-        notes.append(f"sliding_window is {configured}, but upstream's mask lets a query see {odd[0]} tokens; so does apply")
+        notes.append(
+            f"sliding_window is {configured}, but upstream's mask lets a query see {odd[0]} tokens; so does apply"
+        )
     elif configured and getattr(config, "use_sliding_window", True) and not any(windows):
-        notes.append(f"sliding_window is {configured}, but upstream applies none with this implementation; neither does apply")
+        notes.append(
+            f"sliding_window is {configured}, but upstream applies none with this implementation; neither does apply"
+        )
     if any(rope.depends_on_length(module) for module in model.modules()):
-        notes.append("the rotary depends on a length: each example of a packed row is rotated by its own, not the row's")
+        notes.append(
+            "the rotary depends on a length: each example of a packed row is rotated by its own, not the row's"
+        )
     version = versions.transformers_version()
     if not versions.inside(version, patch.transformers):
         notes.append(f"transformers {version} is outside the tested range {patch.transformers}; rely on verify")

@@ -83,7 +83,7 @@ def _read(module: nn.Module, call: dict[str, Any], lengths: dict[str, Any]) -> P
     )
     if batch is not None and (cached := _cached_tokens(call.get("past_key_values"))):
         raise PadfreeError(
-            f"{type(module).__name__}: a packed batch ({batch.sequences}) came with a cache that holds {cached} tokens; "
+            f"{type(module).__name__}: a packed batch ({batch.sequences}) with a cache that holds {cached} tokens; "
             "pass no past_key_values with packed examples, or no restarting positions with a cache"
         )
     return batch
@@ -103,9 +103,13 @@ def _check_packed_call(module: nn.Module, call: dict[str, Any]) -> None:
     if wants_weights is None:
         wants_weights = getattr(module.config, "output_attentions", False)
     if wants_weights:
-        raise PadfreeError(f"{name}: output_attentions of a packed batch: its weights are never computed; switch it off")
+        raise PadfreeError(
+            f"{name}: output_attentions of a packed batch: its weights are never computed; switch it off"
+        )
     if "ForSequenceClassification" in name:
-        raise PadfreeError(f"{name} pools one token per row, so a packed row would give one result for all its sequences")
+        raise PadfreeError(
+            f"{name} pools one token per row, so a packed row would give one result for all its sequences"
+        )
 
 
 def _is_causal_lm(module: nn.Module) -> bool:

@@ -28,15 +28,13 @@ _SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax)
 
 
 @torch.compiler.disable
-def packed_attention(
-    original: Callable[..., Any], backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def packed_attention(original: Callable[..., Any], backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Calls an attention module's forward on a packed batch.
 
     Not traced by torch.compile: the lengths differ from batch to batch, and each would be compiled anew.
 
     Args:
-        original: the forward, whose `args` begin with the module and whose `kwargs` hold position_ids and a packed mask.
+        original: the forward; its `args` begin with the module, its `kwargs` hold position_ids and a packed mask.
         backend: its name, or "auto".
 
     Raises PadfreeError if no position_ids arrive or upstream's forward never comes to a kernel call that we know.
@@ -119,14 +117,12 @@ class _KernelCall(TorchFunctionMode):
         rows = q.shape[0]
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, heads, D)
         backend = attention.select(needs, self._backend)
-        output: Tensor = backend.attend(
-            q, k, v, self._sequences, scale=scale, window=self._window, dropout=dropout
-        )
+        output: Tensor = backend.attend(q, k, v, self._sequences, scale=scale, window=self._window, dropout=dropout)
         return output.unflatten(0, (rows, -1)).transpose(1, 2)
 
 
 class _Scores:
-    """Stands in for the attention scores (B, H, T, T) of an eager forward, which multiplies, softmaxes and drops them."""
+    """Stands in for the attention scores (B, H, T, T) of an eager forward, which scales, softmaxes and drops them."""
 
     def __init__(self, q: Tensor, k: Tensor, scale: float = 1.0, dropout: float = 0.0, softmaxed: bool = False):
         self.q, self.k, self.scale, self.dropout, self._softmaxed = q, k, scale, dropout, softmaxed

@@ -74,7 +74,9 @@ def _window(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     if not size:
         return 0
     # What in a config decides about windows; the measured size is kept per combination.
-    facts = tuple((k, str(v)) for k, v in sorted(vars(config).items()) if "window" in k or "layer_type" in k or "attn" in k)
+    facts = tuple(
+        (k, str(v)) for k, v in sorted(vars(config).items()) if "window" in k or "layer_type" in k or "attn" in k
+    )
     return _adjusted(original, size, functools.partial(_probe_with_config, call, owner, config), facts)
 
 
@@ -84,9 +86,7 @@ def _probe_function(call: dict[str, Any], original: Callable[..., Any]) -> Tenso
     return mask
 
 
-def _probe_with_config(
-    call: dict[str, Any], owner: Any, config: Any, original: Callable[..., Any]
-) -> Tensor | None:
+def _probe_with_config(call: dict[str, Any], owner: Any, config: Any, original: Callable[..., Any]) -> Tensor | None:
     small = copy.copy(config)
     small.sliding_window = _PROBE_WINDOW
     embeds = torch.empty(1, _PROBE_TOKENS, 1)
@@ -130,7 +130,7 @@ def _measure(mask: Tensor | None, original: Callable[..., Any]) -> int | None:
     distance = position[:, None] - position
     if not torch.equal(keep, (distance >= 0) & (distance < seen)):
         raise PadfreeError(
-            f"{original.__module__}.{original.__qualname__} builds a mask that is no causal sliding window:\n{keep.int()}"
+            f"{original.__module__}.{original.__qualname__} builds no causal sliding window, but\n{keep.int()}"
         )
     return None if seen == _PROBE_TOKENS else seen - _PROBE_WINDOW
 

@@ -184,7 +184,7 @@ def read_positions_and_mask(position_ids: Tensor | None, mask: Tensor | None) ->
 
 def starts_agree(position_ids: Tensor, sequences: PackedSequences) -> Tensor:
     """Whether positions (B, T) restart just where `sequences` begin: a bool tensor of one element, not read here."""
-    rows, tokens = position_ids.shape
+    tokens = position_ids.shape[1]
     flat = position_ids.reshape(-1)
     restarts = torch.ones_like(flat, dtype=torch.bool)
     restarts[1:] = flat[1:] != flat[:-1] + 1

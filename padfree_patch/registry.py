@@ -86,7 +86,9 @@ def registry() -> Registry:
         try:
             patch = entry_point.load()
         except Exception as error:
-            raise PadfreeError(f"entry point {entry_point.name} = {entry_point.value} does not load: {error}") from error
+            raise PadfreeError(
+                f"entry point {entry_point.name} = {entry_point.value} does not load: {error}"
+            ) from error
         if not isinstance(patch, Patch):
             raise PadfreeError(f"entry point {entry_point.name} = {entry_point.value} is no Patch: {patch!r}")
         found.register(patch)
@@ -118,7 +120,8 @@ def patch_for(model: nn.Module) -> Patch:
     patch = registry().get(model_type)
     if patch is None:
         raise PadfreeError(
-            f"{type(outermost).__name__} (model type {model_type!r}) is not supported; supported model types: {supported}. "
+            f"{type(outermost).__name__} (model type {model_type!r}) is not supported; supported model types: "
+            f"{supported}. "
             f"CONTRIBUTING.md adds one in five steps, here or in a package of yours (entry point {ENTRY_POINT_GROUP!r})"
         )
     return patch

@@ -90,8 +90,8 @@ def rotary_forward(original: Callable[..., Any], args: tuple[Any, ...], kwargs: 
             for length in {max(length, longest_short) for length in lengths}
         }
         picked = [tables[max(length, longest_short)] for length in lengths]
-        cos, sin = ([table[i][..., :n, :] for table, n in zip(picked, lengths)] for i in (0, 1))
-        return torch.cat(cos, dim=-2), torch.cat(sin, dim=-2)  # (..., B * T, D)
+        rows = [[table[i][..., :n, :] for table, n in zip(picked, lengths)] for i in (0, 1)]
+        return torch.cat(rows[0], dim=-2), torch.cat(rows[1], dim=-2)  # (..., B * T, D) each
 
     pieces = batch.position_ids.reshape(-1).split(lengths)
     longest = [max(int(piece[-1]) + 1, _unscaled_length(rotary)) for piece in pieces]
@@ -103,9 +103,8 @@ def rotary_forward(original: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         sizes = [lengths[i] for i in members]
         for i, c, s in zip(members, cos.split(sizes, dim=1), sin.split(sizes, dim=1)):
             rotated[i] = (c, s)
-    cos, sin = (torch.cat([each[i] for each in rotated], dim=1) for i in (0, 1))
     shape = (*batch.position_ids.shape, -1)
-    return cos.view(shape), sin.view(shape)
+    return tuple(torch.cat([each[i] for each in rotated], dim=1).view(shape) for i in (0, 1))
 
 
 def _fresh(rotary: nn.Module, device: torch.device) -> nn.Module:

@@ -227,7 +227,7 @@ def _why_not(model: nn.Module) -> str | None:
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             return f"parameter {name} is on the meta device"
-        if hasattr(parameter, "device_mesh") or parameter.numel() == 0 and hasattr(parameter, "ds_shape"):
+        if hasattr(parameter, "device_mesh") or (parameter.numel() == 0 and hasattr(parameter, "ds_shape")):
             return f"parameter {name} is sharded over processes"
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         return "the model is sharded over processes (FSDP)"

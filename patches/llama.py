@@ -1,4 +1,4 @@
-"""Llama 1, 2 and 3. Upstream mixes the examples of a packed row on eager and sdpa, on every version in its default call.
+"""Llama 1, 2 and 3. On eager and sdpa, upstream's default call mixes the examples of a packed row on every version.
 
 Needs nothing of its own. Its dynamic-NTK rotary looks at the length of the row (4.36) or at the longest position in
 it (4.38 and later) and never shrinks again; `padfree_patch.rope` gives every sequence its own.

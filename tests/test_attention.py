@@ -146,7 +146,9 @@ def test_auto_prefers_flash_attn_where_it_runs(recorded, monkeypatch):
 def test_no_backend_lists_every_candidate_with_its_reason():
     with pytest.raises(PadfreeError) as caught:
         attention.select(Needs("cpu", torch.float32, 64, window=128, softcap=30.0))
-    assert "no attention backend for dtype=float32, device=cpu, head_dim=64, window=128, softcap=30.0" in str(caught.value)
+    assert "no attention backend for dtype=float32, device=cpu, head_dim=64, window=128, softcap=30.0" in str(
+        caught.value
+    )
     for backend in attention.BACKENDS:
         assert f"  {backend.NAME}: " in str(caught.value)
     assert "scaled_dot_product_attention has no softcap" in str(caught.value)

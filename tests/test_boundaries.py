@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from padfree_patch import boundaries
-from padfree_patch.testing import SyncCounter, pack, examples
+from padfree_patch.testing import SyncCounter, examples, pack
 
 
 def read(positions, mask=None, **lengths):

@@ -64,7 +64,7 @@ def test_half_precision_is_no_worse_than_upstreams(make, dtype):
 
 
 def test_positions_may_start_elsewhere(make):
-    """Rope sees differences of positions only, so an example that starts at 3 has the logits of one that starts at 0."""
+    """Rope sees differences of positions only: an example that starts at 3 has the logits of one that starts at 0."""
     sequences = examples((5, 9))
     batch = pack(sequences)
     batch["position_ids"][:, :5] += 3

@@ -57,5 +57,5 @@ def test_mask_that_is_no_window_is_refused():
     class Config:
         sliding_window = 5
 
-    with pytest.raises(PadfreeError, match="builds a mask that is no causal sliding window"):
+    with pytest.raises(PadfreeError, match="builds no causal sliding window"):
         masks.build_mask(builds_something_else, (Config(), masks.packed_mask(torch.device("cpu"))), {})

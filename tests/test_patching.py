@@ -112,7 +112,9 @@ def test_other_model_of_the_class_is_unaffected(make, batch):
 def test_failed_verification_rolls_back(make, monkeypatch):
     model = make()
     before = snapshot(model)
-    leaky = padfree_patch.Verification("Tiny", logit_change=0.5, leaked_gradient=0.1, first_leak="model.layers.0.self_attn")
+    leaky = padfree_patch.Verification(
+        "Tiny", logit_change=0.5, leaked_gradient=0.1, first_leak="model.layers.0.self_attn"
+    )
     monkeypatch.setattr(padfree_patch.verification, "verify", lambda model: leaky)
     with pytest.raises(padfree_patch.LeakError, match=r"EXAMPLES MIX(.|\n)*model\.layers\.0\.self_attn"):
         padfree_patch.apply(model)
@@ -122,7 +124,9 @@ def test_failed_verification_rolls_back(make, monkeypatch):
 def test_unverifiable_model_is_patched_with_a_warning():
     with torch.device("meta"):
         model = tiny_model(registry().get("llama"))
-    with pytest.warns(UserWarning, match=r"could not check its work: parameter .* on the meta device(.|\n)*verify=False"):
+    with pytest.warns(
+        UserWarning, match=r"could not check its work: parameter .* on the meta device(.|\n)*verify=False"
+    ):
         padfree_patch.apply(model)
     assert patching.is_applied(model)
 
@@ -156,7 +160,7 @@ def test_missing_mask_builder_is_refused(llama, monkeypatch):
 def test_forward_replaced_on_the_instance_is_refused(llama):
     original = llama.forward
     llama.forward = lambda *args, **kwargs: original(*args, **kwargs)
-    with pytest.raises(PadfreeError, match="replaced on the instance by .*call padfree_patch.apply before"):
+    with pytest.raises(PadfreeError, match=r"replaced on the instance by .*call padfree_patch\.apply before"):
         padfree_patch.apply(llama)
     assert not patching.is_applied(llama)
 
@@ -269,7 +273,9 @@ def test_wrapped_models_are_found(make, batch, alone):
 
 def test_peft_model(make, batch, alone):
     peft = pytest.importorskip("peft")
-    wrapped = peft.get_peft_model(make(), peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"]))
+    wrapped = peft.get_peft_model(
+        make(), peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
+    )
     with padfree_patch.applied(wrapped.eval()):  # LoRA's B is zero at first: the adapter changes nothing
         assert_exact(wrapped, batch, alone)
         wrapped.train()

@@ -25,7 +25,8 @@ def check_apply_stops_the_leak() -> None:
 
     import padfree_patch
 
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2))
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    model = LlamaForCausalLM(config)
     before = padfree_patch.verify(model)
     assert not before, before
     padfree_patch.apply(model)
@@ -33,6 +34,7 @@ def check_apply_stops_the_leak() -> None:
     assert after, after
 
 
-for check in (check_import_loads_no_model_code, check_installed_whole, check_apply_stops_the_leak):
-    check()
-    print(f"wheel: {check.__name__}: ok")
+if __name__ == "__main__":
+    for check in (check_import_loads_no_model_code, check_installed_whole, check_apply_stops_the_leak):
+        check()
+        print(f"wheel: {check.__name__}: ok")

@@ -142,7 +142,8 @@ def logits_alone(make: Make, sequences: Sequence[Tensor]) -> Tensor:
 def alone_loss_and_gradients(make: Make, sequences: Sequence[Tensor]) -> tuple[float, dict[str, Tensor]]:
     """The mean loss over all predicted tokens of the examples, each run alone, and its gradients."""
     predicted = sum(each.shape[1] - 1 for each in sequences)
-    loss, gradients = 0.0, {}
+    loss = 0.0
+    gradients: dict[str, Tensor] = {}
     for each in sequences:
         if each.shape[1] == 1:
             continue  # nothing to predict, and upstream's mean over no tokens is NaN

@@ -76,7 +76,9 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (Tensor.cpu, Tensor.tolist):
             self._by_name[func.__name__] += 1
-        elif func is Tensor.to and "cpu" in (value for value in (*args[1:], *kwargs.values()) if isinstance(value, str)):
+        elif func is Tensor.to and "cpu" in (
+            value for value in (*args[1:], *kwargs.values()) if isinstance(value, str)
+        ):
             self._by_name["to_cpu"] += 1
         return func(*args, **kwargs)
 

@@ -1,0 +1,79 @@
+"""What `make test` and `make demo` run. One version alone: .venv/bin/nox -s "tests(4.41.2)" -- -k leak -n 0."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "uv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "wheel", "tests"]
+
+# uv does not read pip's PIP_FIND_LINKS; pip separates places by spaces, uv by commas.
+if places := os.environ.get("PIP_FIND_LINKS"):
+    os.environ.setdefault("UV_FIND_LINKS", ",".join(places.split()))
+
+TORCH = "torch==2.13.0"
+# The transformers that the tests run on, each with the accelerate and peft of its time: peft 0.21 does not import
+# beside transformers 4.36 and 4.41 and breaks on 4.43, accelerate 1.15 refuses what the Trainer of 4.36 passes it.
+# All of them import, train and save on torch 2.13 and Python 3.11, the 4.x with the numpy they were made for.
+BESIDE = {
+    "4.36.2": ["accelerate==0.25.0", "peft==0.7.1", "numpy<2"],
+    "4.41.2": ["accelerate==0.30.1", "peft==0.11.1", "numpy<2"],
+    "4.43.4": ["accelerate==0.33.0", "peft==0.12.0", "numpy<2"],
+    "4.47.1": ["accelerate==1.2.1", "peft==0.14.0", "numpy<2"],
+    "4.57.6": ["accelerate==1.12.0", "peft==0.18.0", "numpy<2"],
+    "5.23.0": ["accelerate==1.15.0", "peft==0.21.2"],
+}
+VERSIONS = list(BESIDE)
+
+
+def pins(transformers: str) -> list[str]:
+    return [TORCH, f"transformers=={transformers}", *BESIDE[transformers]]
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff and mypy."""
+    session.install("-e", ".[dev]", *pins("4.57.6"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("mypy")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """The built package works without the repository: tests/wheel_check.py in a new environment elsewhere."""
+    check = Path("tests/wheel_check.py").resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        away = Path(folder)
+        # The sdist, and the wheel from it: a file that either lacks shows, and no stale build/ gets in.
+        session.run("uv", "build", "--quiet", "--out-dir", folder)
+        session.run("uv", "venv", "--quiet", "--python", sys.executable, str(away / "venv"))
+        python = str(away / "venv" / "bin" / "python")
+        packages = [*map(str, away.glob("*.whl")), TORCH, f"transformers=={VERSIONS[-1]}"]
+        session.run("uv", "pip", "install", "--quiet", "--python", python, *packages)
+        with session.chdir(away):
+            session.run(python, "-I", str(check), external=True)  # -I: nothing else on sys.path
+
+
+@nox.session
+@nox.parametrize("transformers", [nox.param(version, id=version) for version in VERSIONS])
+def tests(session: nox.Session, transformers: str) -> None:
+    """The test suite, and the examples in docstrings, on one transformers version."""
+    session.install("-e", ".[test]", *pins(transformers))
+    report = Path(session.virtualenv.location) / "junit.xml"
+    # Two processes of one thread each: the models are too small for torch to fill two cores with one.
+    one_thread_offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    session.run("pytest", "-n2", f"--junitxml={report}", *session.posargs, env=one_thread_offline)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """A small fine-tuning run, padded and padding-free, under a transformers without native support."""
+    session.install("-e", ".[demo]", *pins("4.41.2"))
+    session.run("python", "-m", "padfree_patch.demo", *session.posargs)

@@ -1,0 +1,167 @@
+"""The ``demo`` command: the same batches trained padded and padding-free, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+from padfree_patch.demo import data, start
+from padfree_patch.demo.launch import WorkerFailed, run_worker
+from padfree_patch.demo.results import Comparison, Run
+
+NEEDED = ("accelerate", "matplotlib", "rich")
+SMALL_MODEL = "small random Llama"
+
+
+@click.command()
+@click.option("--model", help="Folder or name of a causal language model.  [default: a small random Llama]")
+@click.option(
+    "--data",
+    "data_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSON lines with prompt and completion, plain or .gz.  [default: the bundled instructions]",
+)
+@click.option("--steps", type=click.IntRange(min=2), default=30, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    default=2048,
+    show_default=True,
+    help="Longest example, in tokens.",
+)
+@click.option("--layers", type=click.IntRange(min=1), help="Keep only the first so many layers of --model.")
+@click.option("--learning-rate", type=float, help="[default: 1e-3, with --model 2e-5]")
+@click.option("--threads", type=click.IntRange(min=1), default=min(2, os.cpu_count() or 1), show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of examples and the random model.")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("padfree_demo"),
+    show_default=True,
+    help="Folder for results.json, comparison.png and the logs of both runs.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON object instead of tables.")
+def demo(
+    model: str | None,
+    data_file: Path | None,
+    steps: int,
+    batch_size: int,
+    max_length: int,
+    layers: int | None,
+    learning_rate: float | None,
+    threads: int,
+    seed: int,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Fine-tune a model twice on the same batches, padded and padding-free, and compare.
+
+    The padded run is what one does without this package: batches filled up with pads, the model as it is. The
+    padding-free run packs each batch into one row after padfree_patch.apply(model). Both start from the same weights
+    and train on all tokens with transformers' Trainer in float32 on the CPU, each in a process of its own. Exit code 1
+    if their losses differ by more than 1e-4 at any step.
+    """
+    if missing := [package for package in NEEDED if find_spec(package) is None]:
+        raise click.ClickException(f"the demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    from padfree_patch.demo.picture import save_picture
+
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        job: dict[str, Any] = {
+            "model": model or os.path.join(scratch, "model"),
+            "layers": layers,
+            "examples": os.path.join(scratch, "examples.json"),
+            "batch_size": batch_size,
+            "learning_rate": (2e-5 if model else 1e-3) if learning_rate is None else learning_rate,
+            "threads": threads,
+            "scratch": scratch,
+        }
+        try:
+            texts = data.read_texts(data_file or data.SAMPLE)
+            prepare(job, texts, random_model=not model, count=steps * batch_size, max_length=max_length, seed=seed)
+            padded, padding_free = run_both(job, steps=steps, scratch=Path(scratch), output=output)
+        except (OSError, ValueError, WorkerFailed) as error:
+            raise click.ClickException(str(error)) from error
+
+    settings = {
+        "model": Path(model).name if model else SMALL_MODEL,
+        "data": data_file.name if data_file else "bundled instructions",
+        "max_length": max_length,
+        "steps": steps,
+        "seed": seed,
+        **{key: job[key] for key in ("batch_size", "layers", "learning_rate", "threads")},
+        **{package: version(package) for package in ("torch", "transformers", "accelerate")},
+    }
+    comparison = Comparison(settings, padded, padding_free)
+    results = json.dumps(comparison.as_json(), indent=2)
+    (output / "results.json").write_text(results)
+    save_picture(comparison, output / "comparison.png")
+    show(comparison, results if as_json else None, output)
+    if problems := comparison.problems():
+        raise click.ClickException("\n".join(problems))
+
+
+def prepare(
+    job: dict[str, Any], texts: list[str], *, random_model: bool, count: int, max_length: int, seed: int
+) -> None:
+    """Write the examples in training order, and the small model if none was given, to the places `job` names."""
+    import transformers
+
+    if random_model:
+        tokenizer = data.train_tokenizer(texts, vocab_size=start.VOCABULARY)
+        start.make_small_llama(Path(job["model"]), tokenizer, seed=seed)
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"])
+    config = start.load_config(job["model"], layers=job["layers"])
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise ValueError(
+            f"--max-length {max_length}: the model has {positions} positions; pass --max-length {positions}"
+        )
+    examples = data.tokenise(data.shuffled(texts, count=count, seed=seed), tokenizer, max_length=max_length)
+    Path(job["examples"]).write_text(json.dumps(examples))
+
+
+def run_both(job: dict[str, Any], *, steps: int, scratch: Path, output: Path) -> list[Run]:
+    """The padded run, then the padding-free one; never together, they would slow each other down."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    runs = []
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bars = {name: progress.add_task(name, total=steps, start=False) for name in ("padded", "padding-free")}
+
+        def follow(name: str, message: dict[str, Any]) -> None:
+            state = message.get("stage") or f"training, loss {message['loss']:.4f}"
+            progress.update(bars[name], description=f"{name}: {state}", completed=message.get("step", 0))
+
+        for name, bar in bars.items():
+            progress.start_task(bar)
+            run_job = {**job, "padding_free": name == "padding-free"}
+            log = output / f"{name}.log"
+            runs.append(run_worker(run_job, name=name, folder=scratch, log=log, follow=partial(follow, name)))
+    return runs
+
+
+def show(comparison: Comparison, results: str | None, output: Path) -> None:
+    """Print the results: tables, or nothing but JSON if that is given."""
+    from rich.console import Console
+
+    from padfree_patch.demo.report import print_report
+
+    if results is not None:
+        click.echo(results)
+        return
+    console = Console()
+    print_report(comparison, console)
+    console.print(f"\nwritten to {output}{os.sep}: results.json, comparison.png, padded.log, padding-free.log")

@@ -1,0 +1,92 @@
+"""Prompt/completion text from a JSON-lines file, as token ids."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SAMPLE = Path(__file__).with_name("instructions.jsonl")
+
+
+class DataError(ValueError):
+    """A data file that cannot be trained on; the message says where and why."""
+
+
+def read_texts(path: Path) -> list[str]:
+    """One text per line of a ``.jsonl`` or ``.jsonl.gz`` file with the fields prompt and completion.
+
+    Raises:
+        DataError: naming the first line that is not such an object, and what it holds instead.
+    """
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
+        try:
+            texts = [read_text(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:  # not gzip, or not text
+            raise DataError(f"{path}: cannot be read as JSON lines, plain or .gz: {error}") from error
+    if not texts:
+        raise DataError(f"{path} has no examples: expected one JSON object with prompt and completion per line")
+    return texts
+
+
+def read_text(line: str, place: str) -> str:
+    """Prompt and completion joined, with a line break between them where the prompt does not end in white space."""
+    try:
+        example = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: not valid JSON: {error}") from error
+    if not isinstance(example, dict):
+        raise DataError(f"{place}: expected an object with prompt and completion, found {type(example).__name__}")
+    for field in ("prompt", "completion"):
+        if not isinstance(example.get(field), str):
+            found = (
+                f"a value of type {type(example[field]).__name__}"
+                if field in example
+                else f"only the keys {sorted(example)}"
+            )
+            raise DataError(f"{place}: expected a string in field {field!r}, found {found}")
+    prompt, completion = example["prompt"], example["completion"]
+    if not prompt + completion:
+        raise DataError(f"{place}: prompt and completion are both empty")
+    gap = "\n" if prompt and not prompt[-1].isspace() else ""
+    return prompt + gap + completion
+
+
+def shuffled(items: list[Any], *, count: int, seed: int) -> list[Any]:
+    """`count` items in random order; each is used once before any is used twice."""
+
+    def epochs() -> Iterator[Any]:
+        generator = random.Random(seed)
+        while True:
+            yield from generator.sample(items, len(items))
+
+    return list(itertools.islice(epochs(), count))
+
+
+def tokenise(texts: list[str], tokenizer: Any, *, max_length: int) -> list[list[int]]:
+    """Token ids of each text, ended by the end-of-text token if there is one, cut to max_length tokens."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = tokenizer(texts, verbose=False)["input_ids"]  # verbose: no warning about lengths that are cut here anyway
+    return [(text_ids + end)[:max_length] for text_ids in ids]
+
+
+def train_tokenizer(texts: list[str], *, vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer learned from the texts themselves, as a transformers tokenizer."""
+    import tokenizers
+    import transformers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<end>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")

@@ -1,0 +1,130 @@
+"""What a run measured, and what two runs side by side show."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from padfree_patch.demo import crowding
+
+TOLERANCE = 1e-4  # largest difference of the two losses at any step; float32 rounding stays well under it
+
+
+@dataclasses.dataclass
+class Probe:
+    """What `padfree_patch.verify` found."""
+
+    ok: bool
+    logit_change: float
+    leaked_gradient: float
+    alone_error: float
+    first_leak: str | None
+    text: str
+
+
+@dataclasses.dataclass
+class Run:
+    """One training run. Lists have one entry per step."""
+
+    probe: Probe
+    losses: list[float]
+    real_tokens: list[int]
+    row_tokens: list[int]  # tokens the model computed: real ones and pads
+    step_seconds: list[float]  # batch making, forward, backward and optimizer
+    loaded_bytes: int  # resident with the model loaded, before the first step
+    peak_bytes: int  # largest resident during training
+    waited_share: float  # of its threads' time, waiting for a CPU that others used; nan if not known
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Real tokens per second, without the first step, which warms up allocator and kernels."""
+        return sum(self.real_tokens[1:]) / sum(self.step_seconds[1:])
+
+    @property
+    def padding_share(self) -> float:
+        """Pads among all tokens computed."""
+        return 1 - sum(self.real_tokens) / sum(self.row_tokens)
+
+    @property
+    def growth_bytes(self) -> int:
+        """Memory that training added to the loaded model: gradients, optimizer state, activations."""
+        return self.peak_bytes - self.loaded_bytes
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {
+            "tokens_per_second": self.tokens_per_second,
+            "padding_share": self.padding_share,
+            "growth_bytes": self.growth_bytes,
+        }
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Run:
+        return cls(**{**fields, "probe": Probe(**fields["probe"])})
+
+
+@dataclasses.dataclass
+class Comparison:
+    """The same training, padded with the model unpatched, and padding-free with the model patched."""
+
+    settings: dict[str, Any]
+    padded: Run
+    padding_free: Run
+
+    @property
+    def loss_differences(self) -> list[float]:
+        return [abs(a - b) for a, b in zip(self.padded.losses, self.padding_free.losses)]
+
+    @property
+    def speedup(self) -> float:
+        return self.padding_free.tokens_per_second / self.padded.tokens_per_second
+
+    def crowded(self) -> list[str]:
+        """Which runs had to wait for the CPU so much that their speed, and the ratio of both, say nothing."""
+        return [
+            f"other programs used the CPU during the {name} run (it waited {run.waited_share:.0%} of its time): "
+            "the speeds are not reliable, run it again when the machine is idle or with fewer --threads"
+            for name, run in (("padded", self.padded), ("padding-free", self.padding_free))
+            if run.waited_share > crowding.LIMIT
+        ]
+
+    def problems(self) -> list[str]:
+        """Why the two runs are not the same training; empty when they are."""
+        found = []
+        if not self.padding_free.probe.ok:
+            found.append(f"the patched model mixes examples: {self.padding_free.probe.text}")
+        if self.padded.real_tokens != self.padding_free.real_tokens:
+            found.append("the two runs were given different batches")
+        for step, difference in enumerate(self.loss_differences, 1):
+            if not difference <= TOLERANCE:  # nan is a problem too
+                padded, packed = self.padded.losses[step - 1], self.padding_free.losses[step - 1]
+                found.append(
+                    f"losses differ by {difference:.2g} at step {step} (padded {padded:.6f}, "
+                    f"padding-free {packed:.6f}); the limit is {TOLERANCE:g}"
+                )
+                break
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything measured; numbers that JSON cannot hold (nan, inf) become null."""
+        return finite(
+            {
+                "ok": not self.problems(),
+                "problems": self.problems(),
+                "settings": self.settings,
+                "speedup": self.speedup,
+                "speeds_unreliable": self.crowded(),
+                "largest_loss_difference": max(self.loss_differences, key=lambda x: (math.isnan(x), x)),
+                "loss_tolerance": TOLERANCE,
+                "padded": self.padded.as_json(),
+                "padding_free": self.padding_free.as_json(),
+            }
+        )
+
+
+def finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
