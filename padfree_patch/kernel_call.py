@@ -145,6 +145,15 @@ class _Scores:
 
     __rmul__ = __mul__
 
+    def __add__(self, mask: None) -> _Scores:
+        """Falcon adds its mask without asking whether there is one; that of a packed batch is None here."""
+        if mask is not None:
+            raise PadfreeError("something other than the mask is added to the attention scores of a packed batch")
+        return self
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return torch.matmul(self, other)  # type: ignore[call-overload]  # which the mode above answers
+
     def __truediv__(self, divisor: float) -> _Scores:
         return self * (1.0 / divisor if not isinstance(divisor, Tensor) else divisor)
 

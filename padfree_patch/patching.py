@@ -285,7 +285,7 @@ def _plan(model: nn.Module) -> _Plan:
     rotaries = [module for module in model.modules() if rope.depends_on_length(module)]
     _check_found(patch, model, patch.decoder, decoders)
     _check_found(patch, model, patch.attention, attentions)
-    _check_implementation(patch, decoders)
+    _check_config(patch, decoders)
     roles = [(module, "decoder" if module in decoders else "head") for module in models]
     roles += [(module, "attention") for module in attentions]
     roles += [(module, "rotary") for module in rotaries]
@@ -318,9 +318,11 @@ def _check_found(patch: Patch, model: nn.Module, wanted: str, found: list[nn.Mod
         raise _changed(patch, f"no module of class {wanted} in {type(model).__name__}; found {', '.join(names)}")
 
 
-def _check_implementation(patch: Patch, decoders: list[nn.Module]) -> None:
+def _check_config(patch: Patch, decoders: list[nn.Module]) -> None:
     for decoder in decoders:
         config: Any = decoder.config
+        if patch.refusal is not None and (reason := patch.refusal(config)):
+            raise PadfreeError(f"{patch.model_type}: {reason}")
         implementation = getattr(config, "_attn_implementation", "eager")
         if implementation not in ("eager", "sdpa", None):
             raise PadfreeError(

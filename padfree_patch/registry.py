@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -30,6 +30,8 @@ class Patch:
     """Versions that the tests ran on, such as ">=4.36,<5.24"."""
     tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     """Config values of a model small enough for a test, on top of `padfree_patch.testing.TINY`."""
+    refusal: Callable[[Any], str | None] | None = None
+    """Says of a config why its model can't be patched, or None if it can."""
     variants: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
     """Other configurations to test, by name: values on top of `tiny`."""
 

@@ -8,6 +8,7 @@ All three run through the model's own forward, without dropout, on a dozen rando
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -27,6 +28,10 @@ _ALONE_TOLERANCE_EPS = 170
 the order of additions (other matmul shapes), a few eps per layer; a leak moves logits by 1e-2 and more."""
 
 
+_ROUTER = re.compile(r"(^|\.)(experts|router)(\.|$)")
+"""Names of submodules that mixtures of experts have, in every version."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Verification:
     """What `verify` measured. True in a condition if examples do not mix."""
@@ -35,6 +40,8 @@ class Verification:
     """Class of the model."""
     logit_change: float = float("nan")
     """Largest change of B's logits when A changes; 0 if isolated."""
+    change_tolerance: float = 0.0
+    """What `logit_change` may be: 0, but for mixtures of experts (`rounding_of_neighbours`)."""
     leaked_gradient: float = float("nan")
     """Largest gradient of B's loss at A's embeddings, absolute; 0 if isolated."""
     alone_error: float = float("nan")
@@ -48,8 +55,8 @@ class Verification:
 
     @property
     def isolated(self) -> bool:
-        """Whether both leak probes came out as exactly zero."""
-        return self.logit_change == 0 and self.leaked_gradient == 0
+        """Whether both leak probes came out as they must."""
+        return self.logit_change <= self.change_tolerance and self.leaked_gradient == 0
 
     @property
     def ok(self) -> bool:
@@ -61,10 +68,11 @@ class Verification:
     def __str__(self) -> str:
         if self.skipped:
             return f"{self.model}: not verified: {self.skipped}"
+        allowed = f"at most {self.change_tolerance:.3g}" if self.change_tolerance else "must be 0"
         verdict = "examples do not mix" if self.ok else "EXAMPLES MIX" if not self.isolated else "WRONG RESULT"
         lines = [
             f"{self.model}: {verdict}",
-            f"  change of B's logits when A changes   {self.logit_change:.3g} (must be 0)",
+            f"  change of B's logits when A changes   {self.logit_change:.3g} ({allowed})",
             f"  gradient of B's loss at A's embeddings {self.leaked_gradient:.3g} (must be 0)",
             f"  packed against alone, relative         {self.alone_error:.3g} (at most {self.alone_tolerance:.3g})",
         ]
@@ -96,15 +104,27 @@ def verify(model: nn.Module) -> Verification:
         change = probe.logit_change()
         gradient = probe.leaked_gradient()
         error, tolerance = probe.alone_error()
-        leaks = change != 0 or gradient != 0
+        allowed = rounding_of_neighbours(model, probe.packed(probe.a))
+        leaks = change > allowed or gradient != 0
         return Verification(
             model=name,
             logit_change=change,
+            change_tolerance=allowed,
             leaked_gradient=gradient,
             alone_error=error,
             alone_tolerance=tolerance,
             first_leak=probe.first_leak() if leaks else None,
         )
+
+
+def rounding_of_neighbours(model: nn.Module, logits: Tensor) -> float:
+    """How far an example's logits may move when its neighbour changes: 0, but for mixtures of experts a few eps.
+
+    How many tokens an expert multiplies at once depends on all tokens of the batch, and matmuls of other shapes round
+    otherwise. So it is upstream's padded batch too. The gradient at the neighbour stays exactly zero all the same.
+    """
+    routed = any(_ROUTER.search(name) for name, _ in model.named_modules())
+    return _ALONE_TOLERANCE_EPS * torch.finfo(logits.dtype).eps * _largest(logits) if routed else 0.0
 
 
 @torch.no_grad()

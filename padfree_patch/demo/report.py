@@ -67,11 +67,13 @@ def summary_table(comparison: Comparison) -> Table:
     for heading in ("", "padded", "padding-free", "ratio"):
         table.add_column(heading, justify="right" if heading else "left")
 
-    def row(label: str, first: float, second: float, style: str, unit: float = 1) -> None:
-        ratio = f"{second / first:.2f}x" if first and second else ""
+    def row(label: str, first: float, second: float, style: str, unit: float = 1, ratio: str = "") -> None:
+        if not ratio and first and second:
+            ratio = f"{second / first:.2f}x"
         table.add_row(label, format(first / unit, style), format(second / unit, style), ratio)
 
-    row("real tokens per second", padded.tokens_per_second, packed.tokens_per_second, ",.0f")
+    speeds = padded.tokens_per_second, packed.tokens_per_second
+    row("real tokens per second", *speeds, ",.0f", ratio="unreliable" if comparison.crowded() else "")
     row("padding share", padded.padding_share, packed.padding_share, ".1%")
     row("peak memory, MB", padded.peak_bytes, packed.peak_bytes, ",.0f", MB)
     row("growth over the loaded model, MB", padded.growth_bytes, packed.growth_bytes, ",.0f", MB)

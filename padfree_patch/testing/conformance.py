@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..patching import applied
+from ..verification import rounding_of_neighbours
 from .models import examples, pack
 
 Make = Callable[[], Any]
@@ -51,7 +52,7 @@ def check_gradients(make: Make, *, patched: bool = True, prepare: Callable[[Any]
         batch = pack(sequences)
         output = model(**batch, labels=batch["input_ids"])
         output.loss.backward()
-        torch.testing.assert_close(output.loss.item(), loss)
+        torch.testing.assert_close(output.loss.item(), loss, rtol=2e-6, atol=0)  # float32 means, summed in two ways
         assert_gradients_close(model, gradients)
 
 
@@ -62,7 +63,9 @@ def check_isolation(make: Make, *, patched: bool = True) -> None:
     with _maybe_applied(make(), patched) as model:
         with torch.no_grad():
             before, after = (model(**pack([each, b])).logits[:, 9:] for each in (a, other_a))
-        assert torch.equal(before, after), f"B's logits moved by {largest(before - after):.2e} when A changed"
+        moved = largest(before - after)
+        allowed = rounding_of_neighbours(model, before)
+        assert moved <= allowed, f"B's logits moved by {moved:.2e} when A changed, allowed are {allowed:.2e}"
         batch = pack([a, b])
         embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
         logits = model(inputs_embeds=embeds, position_ids=batch["position_ids"]).logits
@@ -135,8 +138,16 @@ def checkpointing(*, reentrant: bool) -> Callable[[Any], None]:
 
 def logits_alone(make: Make, sequences: Sequence[Tensor]) -> Tensor:
     """(1, T, V): each example through an unpatched model of its own, which no other example has left traces in."""
+
+    def run(tokens: Tensor) -> Tensor:
+        try:
+            return make()(input_ids=tokens).logits
+        except TypeError:  # Falcon 4.36 to 4.44 can't run one token alone; what follows it can't change its logits
+            assert tokens.shape[1] == 1
+            return make()(input_ids=tokens.repeat(1, 2)).logits[:, :1]
+
     with torch.no_grad():
-        return torch.cat([make()(input_ids=each).logits for each in sequences], dim=1)
+        return torch.cat([run(each) for each in sequences], dim=1)
 
 
 def alone_loss_and_gradients(make: Make, sequences: Sequence[Tensor]) -> tuple[float, dict[str, Tensor]]:

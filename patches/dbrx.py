@@ -1,0 +1,24 @@
+"""DBRX: one fused and clipped projection, a mixture of experts, and position_ids as a positional argument of its blocks.
+
+Needs nothing of its own: the clipping comes before the kernel call, which is all that is replaced.
+
+Read against models/dbrx/modeling_dbrx.py of transformers 4.40.2, 4.41.2, 4.47.1, 4.57.6 and 5.23.0.
+"""
+
+from padfree_patch.registry import Patch
+
+PATCH = Patch(
+    model_type="dbrx",
+    attention="DbrxAttention",
+    decoder="DbrxModel",
+    transformers=">=4.40,<5.24",
+    tiny={
+        "d_model": 48,
+        "n_heads": 6,
+        "n_layers": 3,
+        "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    variants={"clipped hard": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 0.5, "rope_theta": 10000.0}}},
+)
