@@ -61,7 +61,7 @@ class DataCollatorWithFlattening:
         """Flattens examples.
 
         Args:
-            features: each with `input_ids` and, if the first has them, `labels`, lists or 1-D tensors of one length.
+            features: each with `input_ids` and, if one has them, `labels`, lists or 1-D tensors of one length.
             return_tensors, separator_id: instead of those given to the constructor.
 
         Returns int64 `input_ids` and `labels` (1, T), and what the constructor was asked for.
@@ -72,7 +72,7 @@ class DataCollatorWithFlattening:
         if not features:
             raise PadfreeError("no examples to collate")
         tokens = [_values(feature, "input_ids", i) for i, feature in enumerate(features)]
-        has_labels = "labels" in features[0]
+        has_labels = any("labels" in feature for feature in features)
         labels = [_values(feature, "labels", i) for i, feature in enumerate(features)] if has_labels else tokens
         for i, feature in enumerate(features):
             _check_example(i, len(features), tokens[i], labels[i], feature.get("attention_mask"))
@@ -209,9 +209,12 @@ class DataCollatorForCompletionOnlyLM:
 
 
 def _values(feature: Mapping[str, Any], name: str, index: int) -> np.ndarray[Any, Any]:
-    if name not in feature:
+    if feature.get(name) is None:
         raise PadfreeError(f"example {index} has no {name}; it has {', '.join(feature) or 'nothing'}")
-    return np.asarray(feature[name], dtype=np.int64).reshape(-1)
+    values = np.asarray(feature[name])
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
+        raise PadfreeError(f"example {index}: {name} must be integers (T,), found {values.dtype} {values.shape}")
+    return values.astype(np.int64)
 
 
 def _check_example(

@@ -111,14 +111,23 @@ class _KernelCall(TorchFunctionMode):
                 f"{self._owner}: {self._sequences} meet {q.shape[2]} queries and {k.shape[2]} keys in {q.shape[0]} rows"
             )
         self.answered = True
+        dtype = _autocast_dtype(q.device.type) or q.dtype
         needs = attention.Needs(
-            device=q.device.type, dtype=q.dtype, head_dim=q.shape[3], window=self._window, dropout=dropout
+            device=q.device.type, dtype=dtype, head_dim=q.shape[3], window=self._window, dropout=dropout
         )
         rows = q.shape[0]
-        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, heads, D)
+        q, k, v = (x.to(dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, heads, D)
         backend = attention.select(needs, self._backend)
         output: Tensor = backend.attend(q, k, v, self._sequences, scale=scale, window=self._window, dropout=dropout)
         return output.unflatten(0, (rows, -1)).transpose(1, 2)
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast would compute the kernel in; a kernel from outside torch does not see autocast itself."""
+    try:
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    except (AttributeError, TypeError):  # before torch 2.4
+        return torch.get_autocast_gpu_dtype() if device_type == "cuda" and torch.is_autocast_enabled() else None
 
 
 class _Scores:
@@ -152,7 +161,7 @@ class _Scores:
         return self
 
     def __matmul__(self, other: Tensor) -> Tensor:
-        return torch.matmul(self, other)  # type: ignore[call-overload]  # which the mode above answers
+        return torch.matmul(self, other)  # type: ignore[arg-type]  # which the mode above answers
 
     def __truediv__(self, divisor: float) -> _Scores:
         return self * (1.0 / divisor if not isinstance(divisor, Tensor) else divisor)

@@ -124,6 +124,8 @@ def _adjusted(original: Callable[..., Any], size: int, probe: Callable[..., Tens
 def _measure(mask: Tensor | None, original: Callable[..., Any]) -> int | None:
     if mask is None:  # upstream leaves it to is_causal
         return None
+    if not isinstance(mask, Tensor):
+        raise PadfreeError(f"{original.__qualname__} builds a {type(mask).__name__}: load the model as sdpa or eager")
     keep = (mask if mask.dtype == torch.bool else mask == 0)[0, 0, :, :_PROBE_TOKENS]
     seen = int(keep[:, 0].sum())
     position = torch.arange(_PROBE_TOKENS)

@@ -6,7 +6,8 @@ Letters: B rows in the batch, T tokens in a row. A boundary is where a position 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -159,38 +160,66 @@ class PackedSequences:
         return cls.from_lengths(_run_lengths(_segment_changes(rows)), device=attention_mask.device)
 
 
-def read_positions_and_mask(position_ids: Tensor | None, mask: Tensor | None) -> list[int] | None:
-    """Tokens per sequence of a batch, or None if it is an ordinary one. One device sync in all.
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What the positions and the mask of a packed batch say."""
+
+    lengths: list[int]
+    """Tokens per sequence."""
+    shown: bool
+    """Whether the positions alone show every boundary; those of padding may not."""
+
+
+def read_tensors(position_ids: Tensor | None, mask: Tensor | None, *, left_padded: bool = False) -> Reading | None:
+    """The sequences of a batch, or None if it is an ordinary one. One device sync in all.
 
     Args:
         position_ids: (B, T) or None.
         mask: (B, T), 0/1 or segment numbers, or None; at least one of the two is given.
+        left_padded: equal positions at the start of a row are padding that no mask tells of.
 
     Raises PadfreeError if positions and mask contradict each other.
     """
     if position_ids is None:
         assert mask is not None
         segments = _host(mask)
-        return _run_lengths(_segment_changes(segments)) if segments.max() > 1 else None
+        return Reading(_run_lengths(_segment_changes(segments)), False) if segments.max() > 1 else None
     if mask is None:
-        breaks = _breaks(_host(position_ids))
-        return _run_lengths(breaks) if breaks.any() else None
+        positions = _host(position_ids)
+        breaks = _breaks(positions)
+        if left_padded:
+            leading = np.logical_and.accumulate(positions[:, 1:] == positions[:, :-1], axis=1)
+            after = np.concatenate((np.zeros((len(leading), 1), bool), leading[:, :-1]), axis=1)  # to the first text
+            if not (breaks & ~leading & ~after).any():
+                return None
+        return Reading(_run_lengths(breaks), True) if breaks.any() else None
     positions, segments = _host(torch.stack([position_ids.long(), mask.long()]))
     breaks = _breaks(positions)
     if segments.max() > 1:
-        return _agreed_segments(breaks, segments)
-    return _padded_packing(positions, breaks, segments != 0)
+        lengths: list[int] | None = _agreed_segments(breaks, segments)
+    else:
+        lengths = _padded_packing(positions, breaks, segments != 0)
+    return None if lengths is None else Reading(lengths, lengths == _run_lengths(breaks))
 
 
-def starts_agree(position_ids: Tensor, sequences: PackedSequences) -> Tensor:
-    """Whether positions (B, T) restart just where `sequences` begin: a bool tensor of one element, not read here."""
-    tokens = position_ids.shape[1]
-    flat = position_ids.reshape(-1)
-    restarts = torch.ones_like(flat, dtype=torch.bool)
-    restarts[1:] = flat[1:] != flat[:-1] + 1
-    restarts[::tokens] = True  # every row begins a sequence, whatever the row before ended with
-    begins = torch.zeros_like(restarts).index_fill_(0, sequences.cu_seqlens[:-1].long(), True)
-    return (restarts == begins).all()
+def read_segments(seq_idx: Tensor) -> list[int]:
+    """Tokens per sequence from the number (B, T) of the sequence that each token belongs to. One device sync."""
+    return _run_lengths(_segment_changes(_rows(_host(seq_idx), "seq_idx") + 1))
+
+
+def begins_of(values: Tensor, begins: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """bool (B, T): True at the start of every row and where `begins(value, the one before)`; nothing is read."""
+    first = torch.ones_like(values[:, :1], dtype=torch.bool)
+    return torch.cat([first, begins(values[:, 1:], values[:, :-1])], dim=1)
+
+
+def agrees(positions_or_begins: Tensor, sequences: PackedSequences) -> Tensor:
+    """Whether `sequences` begin just where positions (B, T) restart, or a bool (B, T) is True; nothing is read."""
+    begins = positions_or_begins
+    if begins.dtype != torch.bool:
+        begins = begins_of(begins, lambda now, before: now != before + 1)
+    expected = torch.zeros(begins.numel(), dtype=torch.bool, device=begins.device)
+    return (begins.reshape(-1) == expected.index_fill_(0, sequences.cu_seqlens[:-1].long(), True)).all()
 
 
 def _host(tensor: Tensor) -> np.ndarray[Any, Any]:

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import gc
 import importlib
+import inspect
 import sys
 import threading
 import types
@@ -26,12 +27,10 @@ from torch import nn
 
 from . import attention, forward, masks, rope, versions
 from .errors import PadfreeError
+from .forward import OPT_IN
 from .registry import Patch, patch_for, pretrained_modules
 
 Model = TypeVar("Model", bound=nn.Module)
-
-OPT_IN = "_padfree_patch"
-"""Key under which a module's `__dict__` holds its `_OptIn`."""
 
 ORIGINAL = "__padfree_original__"
 """Attribute by which our functions are told from others'."""
@@ -54,13 +53,15 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
     """
     attention.check_name(backend)
     plan = _plan(model)
+    _warn_if_untested(plan.patch)
     backends = {opt_in: opt_in.backend for module, _ in plan.roles if (opt_in := _opt_in_of(module))}
     new = [(module, role) for module, role in plan.roles if _opt_in_of(module) is None]
     try:
-        for seam in plan.seams:
-            seam.install()
-        for module, role in new:
-            _opt_in(module, _OptIn(backend, role, plan.seams))
+        with _lock:  # or another thread's restore could find the seams unused in between
+            for seam in plan.seams:
+                seam.install()
+            for module, role in new:
+                _opt_in(module, _OptIn(backend, role, plan.seams))
         for opt_in in backends:
             opt_in.backend = backend
         if verify:
@@ -85,14 +86,16 @@ def restore(model: Model) -> Model:
 
 @contextmanager
 def applied(model: Model, *, backend: str = "auto", verify: bool = True) -> Iterator[Model]:
-    """`apply`, and `restore` at the end, also after an error. A model that was patched before stays patched."""
-    was_applied = is_applied(model)
+    """`apply`, and `restore` at the end, also after an error. A model that was patched before stays as it was then."""
+    before = {opt_in: opt_in.backend for module in model.modules() if (opt_in := _opt_in_of(module))}
     apply(model, backend=backend, verify=verify)
     try:
         yield model
     finally:
-        if not was_applied:
+        if not before:
             restore(model)
+        for opt_in, old in before.items():
+            opt_in.backend = old
 
 
 def is_applied(model: nn.Module) -> bool:
@@ -104,6 +107,16 @@ def places(model: nn.Module) -> tuple[str, ...]:
     """The functions that are wrapped for a patched model, as dotted names."""
     seams = {seam for module in model.modules() if (opt_in := _opt_in_of(module)) for seam in opt_in.seams}
     return tuple(sorted(str(seam) for seam in seams))
+
+
+def _warn_if_untested(patch: Patch) -> None:
+    version = versions.transformers_version()
+    if not versions.inside(version, patch.transformers):
+        warnings.warn(
+            f"padfree_patch: {patch.model_type} was tested on transformers {patch.transformers}, this is {version}. "
+            "Leave verify=True, which checks the model itself, and tell us whether it passed",
+            stacklevel=3,
+        )
 
 
 def _verify(model: nn.Module) -> None:
@@ -182,14 +195,16 @@ _opted_in: weakref.WeakSet[_OptIn] = weakref.WeakSet()
 
 def _unpickled(backend: str, role: str, seams: tuple[_Seam, ...]) -> _OptIn:
     """A saved module comes back patched, in another process too."""
-    opt_in = _OptIn(backend, role, seams)
-    for seam in seams:
-        seam.install()
+    with _lock:
+        opt_in = _OptIn(backend, role, seams)
+        for seam in seams:
+            seam.install()
     return opt_in
 
 
 def _opt_in_of(module: nn.Module) -> _OptIn | None:
-    found: _OptIn | None = module.__dict__.get(OPT_IN)
+    # Not vars(module).get: that is no guard of torch.compile, which would run another model's graph for this one.
+    found: _OptIn | None = getattr(module, OPT_IN, None)
     return found
 
 
@@ -230,10 +245,13 @@ def _remove_unused_seams() -> None:
 
 
 def _wrapped(original: Callable[..., Any], handler: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         return handler(original, args, kwargs)
 
+    functools.update_wrapper(call, original)
+    # accelerate's unwrap_model follows __wrapped__ to the innermost function and puts that on the instance: not ours.
+    del call.__wrapped__  # type: ignore[attr-defined]
+    call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     setattr(call, ORIGINAL, original)
     return call
 
@@ -289,8 +307,10 @@ def _plan(model: nn.Module) -> _Plan:
     roles = [(module, "decoder" if module in decoders else "head") for module in models]
     roles += [(module, "attention") for module in attentions]
     roles += [(module, "rotary") for module in rotaries]
+    _check_no_virtual_tokens(model)
     for module, role in roles:
-        _check_forward(patch, module, role)
+        if _opt_in_of(module) is None:
+            _check_forward(patch, module, role)
     seams = {_Seam(type(module), "forward", "model" if role in ("decoder", "head") else role) for module, role in roles}
     for decoder in decoders:
         seams |= _mask_seams(patch, decoder)
@@ -331,17 +351,29 @@ def _check_config(patch: Patch, decoders: list[nn.Module]) -> None:
             )
 
 
+def _check_no_virtual_tokens(model: nn.Module) -> None:
+    for module in model.modules():
+        config = getattr(module, "active_peft_config", None)  # of a PeftModel
+        if getattr(config, "is_prompt_learning", False):
+            raise PadfreeError(
+                f"{type(module).__name__} with {type(config).__name__} puts virtual tokens before each row, where only "
+                "the first example of a packed row could see them; train it on padded batches"
+            )
+
+
 def _check_forward(patch: Patch, module: nn.Module, role: str) -> None:
     """That the module's forward takes what the patch gives it, and that a patch of its class reaches it."""
     function, name = type(module).forward, type(module).__name__
+    function = getattr(function, ORIGINAL, function)
     for wanted in ("attention_mask", "position_ids") if role != "rotary" else ("x",):
         if not forward.takes_keyword(function, wanted):
-            has = ", ".join(list(forward.parameters(function))[1:])
+            has = ", ".join(list(forward.signature(function).parameters)[1:])
             raise _changed(patch, f"{name}.forward has no parameter {wanted}; it has {has}")
     own = vars(module).get("_old_forward", vars(module).get("forward"))
     if own is not None and not _is_class_forward(module, own):
         raise PadfreeError(
-            f"{name}.forward is replaced on the instance by {own!r}, so that a patch of the class would not reach it; "
+            f"{name}.forward is replaced on the instance by {getattr(own, '__qualname__', type(own).__name__)}, "
+            "so that a patch of the class would not reach it; "
             "call padfree_patch.apply before what replaces it (accelerator.prepare, torch.compile of a forward)"
         )
 

@@ -97,11 +97,15 @@ def registry() -> Registry:
     return found
 
 
-def pretrained_modules(model: nn.Module) -> list[nn.Module]:
-    """The transformers models inside a module, outermost first; looks through PEFT, DDP, FSDP and compiled wrappers."""
+def is_transformers_model(module: nn.Module) -> bool:
     from transformers import PreTrainedModel
 
-    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return isinstance(module, PreTrainedModel)
+
+
+def pretrained_modules(model: nn.Module) -> list[nn.Module]:
+    """The transformers models inside a module, outermost first; looks through PEFT, DDP, FSDP and compiled wrappers."""
+    return [module for module in model.modules() if is_transformers_model(module)]
 
 
 def patch_for(model: nn.Module) -> Patch:

@@ -94,7 +94,7 @@ def rotary_forward(original: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         return torch.cat(rows[0], dim=-2), torch.cat(rows[1], dim=-2)  # (..., B * T, D) each
 
     pieces = batch.position_ids.reshape(-1).split(lengths)
-    longest = [max(int(piece[-1]) + 1, _unscaled_length(rotary)) for piece in pieces]
+    longest = [max(last + 1, _unscaled_length(rotary)) for last in batch.last_positions]
     rotated: list[tuple[Tensor, Tensor]] = [()] * len(pieces)  # type: ignore[list-item]
     for length in set(longest):
         members = [i for i, each in enumerate(longest) if each == length]
@@ -111,7 +111,8 @@ def _fresh(rotary: nn.Module, device: torch.device) -> nn.Module:
     """A rotary as it was before its first call: upstream's keep what the longest sequence so far made of them."""
     names = [name for name in _parameters(type(rotary).__init__) if name not in ("self", "device")]
     built: nn.Module = type(rotary)(**{name: getattr(rotary, name) for name in names if hasattr(rotary, name)})
-    return built.to(device)
+    buffers = [buffer.dtype for buffer in rotary.buffers() if buffer.is_floating_point()]
+    return built.to(device, min(buffers, key=lambda dtype: dtype.itemsize))  # model.half() casts the frequencies too
 
 
 def _unscaled_length(rotary: nn.Module) -> int:

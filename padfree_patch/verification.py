@@ -8,6 +8,7 @@ All three run through the model's own forward, without dropout, on a dozen rando
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from . import rope
 from .errors import LeakError
+from .forward import needs_rows
 from .registry import pretrained_modules
 
 LENGTHS = (9, 8)
@@ -59,6 +61,11 @@ class Verification:
         return self.logit_change <= self.change_tolerance and self.leaked_gradient == 0
 
     @property
+    def finite(self) -> bool:
+        """Whether the logits were numbers."""
+        return math.isfinite(self.logit_change) and math.isfinite(self.alone_error)
+
+    @property
     def ok(self) -> bool:
         return self.isolated and self.alone_error <= self.alone_tolerance
 
@@ -69,6 +76,8 @@ class Verification:
         if self.skipped:
             return f"{self.model}: not verified: {self.skipped}"
         allowed = f"at most {self.change_tolerance:.3g}" if self.change_tolerance else "must be 0"
+        if not self.finite:
+            return f"{self.model}: the logits are not finite, so nothing can be said; look at the weights"
         verdict = "examples do not mix" if self.ok else "EXAMPLES MIX" if not self.isolated else "WRONG RESULT"
         lines = [
             f"{self.model}: {verdict}",
@@ -90,7 +99,8 @@ def verify(model: nn.Module) -> Verification:
     """Measures whether `model`, as it is now, isolates the examples of a packed row.
 
     Works in train and eval mode, with frozen parameters, inside PEFT and under `torch.no_grad`. Leaves parameters,
-    gradients, modes and the random state as they were. Takes seven short forwards and one backward.
+    gradients, modes and the random state as they were. Takes seven short forwards and one backward. Of a model with a
+    head that gives one result per row, the decoder is looked at.
 
     Returns the figures; nothing is raised for a leak. Weights on the meta device or sharded over processes can't be
     run: then `skipped` says so.
@@ -139,7 +149,8 @@ class _Probe:
     """Two random examples A and B, and another A of the same length, as embeddings (1, tokens, D)."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        models: list[Any] = pretrained_modules(model)
+        self.model = models[0].base_model if needs_rows(models[0]) else model
         embedding: Any = pretrained_modules(model)[0].get_input_embeddings()  # type: ignore[operator]
         device = embedding.weight.device
         generator = torch.Generator().manual_seed(0)
@@ -171,12 +182,19 @@ class _Probe:
     @torch.no_grad()
     def alone_error(self) -> tuple[float, float]:
         """Relative difference between packed and alone, and what it may be."""
-        alone = torch.cat([self.logits(each) for each in (self.a, self.b)], dim=1)
+        # Old versions cast the logits up, and a prepared model may enter autocast itself: the coarsest dtype that any
+        # linear layer gives sets the bound.
+        dtypes: set[torch.dtype] = set()
+        linears = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        hooks = [each.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype)) for each in linears]
+        try:
+            alone = torch.cat([self.logits(each) for each in (self.a, self.b)], dim=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
         packed = self.packed(self.a)
         error = _largest(packed.float() - alone.float()) / max(_largest(alone), torch.finfo(torch.float32).tiny)
-        # Old versions cast the logits up: the coarsest dtype that computes them sets the bound.
-        dtypes = {alone.dtype, *(p.dtype for p in self.model.parameters() if p.dtype.is_floating_point)}
-        coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
+        coarsest = max(torch.finfo(dtype).eps for dtype in dtypes | {alone.dtype})
         return error, min(_ALONE_TOLERANCE_EPS * coarsest, 0.1)
 
     @torch.no_grad()

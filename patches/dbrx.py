@@ -1,4 +1,4 @@
-"""DBRX: one fused and clipped projection, a mixture of experts, and position_ids as a positional argument of its blocks.
+"""DBRX: one fused and clipped projection, a mixture of experts, position_ids passed by position to its blocks.
 
 Needs nothing of its own: the clipping comes before the kernel call, which is all that is replaced.
 

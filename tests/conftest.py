@@ -10,6 +10,9 @@ from padfree_patch.testing import Unavailable, tiny_model
 
 PATCHES = registry().patches()
 
+MACHINERY = [patch for patch in PATCHES if patch.model_type in ("llama", "mistral", "qwen2")]
+"""Architectures on which the machinery is tested; test_exactness.py and test_registry.py take all."""
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -17,7 +20,7 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=PATCHES, ids=lambda patch: patch.model_type)
+@pytest.fixture(params=MACHINERY, ids=lambda patch: patch.model_type)
 def patch(request) -> Patch:
     return request.param
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 import padfree_patch
 from padfree_patch import PackedSequences, PadfreeError
-from padfree_patch.testing import examples, pack, tiny_model
+from padfree_patch.testing import examples, pack
 
 
 @pytest.fixture
@@ -21,7 +22,11 @@ def batch():
         ({"position_ids": torch.zeros(1, 8, dtype=torch.int64)}, r"shape \(1, 8\), but the tokens have \(1, 9\)"),
         ({"position_ids": torch.zeros(9, dtype=torch.int64)}, r"shape \(9,\), but the tokens have \(1, 9\)"),
         ({"cu_seq_lens_q": torch.tensor([0, 5, 8])}, "cover 8 tokens, but the batch has 9"),
-        ({"cu_seq_lens_q": torch.tensor([0, 4, 9])}, r"disagree .* \(positions: \(5, 4\), lengths: \(4, 5\)\)"),
+        ({"cu_seq_lens_q": torch.tensor([0, 4, 9])}, r"disagree .* \(\(5, 4\) against \(4, 5\)\)"),
+        (
+            {"position_ids": None, "cu_seq_lens_q": torch.tensor([0, 4, 9]), "attention_mask": torch.zeros(1, 1, 9, 9)},
+            r"attention_mask is \(1, 1, 9, 9\) instead of \(1, 9\)",
+        ),
         ({"packed_sequences": PackedSequences.from_lengths([5, 5])}, "cover 10 tokens, but the batch has 9"),
         ({"max_length_q": 5}, "without cu_seq_lens_q"),
         ({"attention_mask": torch.tensor([[1] * 4 + [2] * 5])}, "disagree in row 0 between tokens 3 and 4"),
@@ -59,13 +64,27 @@ def test_sequence_over_two_rows_is_refused(llama):
         llama(input_ids=ids, cu_seq_lens_q=torch.tensor([0, 5, 12]))
 
 
-def test_pooling_heads_refuse_a_packed_row(batch):
-    from transformers import LlamaForSequenceClassification
+@pytest.mark.parametrize("head", ["LlamaForSequenceClassification", "LlamaForQuestionAnswering"])
+def test_heads_with_one_result_per_row_refuse_a_packed_row(llama, batch, head):
+    if not hasattr(transformers, head):
+        pytest.skip(f"transformers {transformers.__version__} has no {head}")
+    model = getattr(transformers, head)(llama.config)
+    with padfree_patch.applied(model):  # verify looks at the decoder
+        with pytest.raises(PadfreeError, match="gives one result per row"):
+            model(**batch)
+        model(input_ids=batch["input_ids"])
 
-    base = tiny_model(padfree_patch.registry.registry().get("llama"))
-    model = LlamaForSequenceClassification(base.config)
-    with padfree_patch.applied(model, verify=False), pytest.raises(PadfreeError, match="pools one token per row"):
-        model(**batch)
+
+def test_head_over_a_decoder_that_is_not_patched_refuses_a_packed_row(llama, batch):
+    with padfree_patch.applied(llama):
+        llama.model = type(llama.model)(llama.config)
+        with pytest.raises(PadfreeError, match="LlamaForCausalLM is patched, but the LlamaModel in it is not"):
+            llama(**batch)
+
+
+def test_python_errors_stay_python_errors(llama, batch):
+    with padfree_patch.applied(llama), pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+        llama(batch["input_ids"], **batch)
 
 
 def test_unsupported_models_are_named(llama):

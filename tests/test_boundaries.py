@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from padfree_patch import boundaries
+from padfree_patch import PackedSequences, PadfreeError, boundaries
 from padfree_patch.testing import SyncCounter, examples, pack
 
 
@@ -79,3 +80,66 @@ def test_batch_without_positions_and_integer_mask_is_not_read():
 def test_lengths_that_make_every_row_one_sequence_are_ordinary():
     assert read(torch.arange(6).unsqueeze(0), cu_seq_lens_q=torch.tensor([0, 6])) is None
     assert read(torch.arange(3).repeat(2, 1), cu_seq_lens_q=torch.tensor([0, 3, 6])) is None
+
+
+@pytest.mark.parametrize(
+    ("positions", "mask"),
+    [
+        ([0, 1, 2, 3, 0, 1, 2], [0, 0, 1, 1, 1, 1, 1]),  # padding that the text's positions go on from
+        ([0, 1, 0, 1, 2, 3, 4], [1, 1, 1, 1, 0, 0, 0]),
+        ([0, 1, 0, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0]),
+    ],
+)
+def test_boundaries_of_padding_survive_a_miss(positions, mask):
+    batch = read(torch.tensor([positions]), torch.tensor([mask]))
+    again = boundaries.batch_at_layer(batch.position_ids.clone())
+    assert again.sequences == batch.sequences
+
+
+def test_memory_changed_behind_torchs_back_is_noticed():
+    array = positions_of(2, 4).numpy()
+    assert read(torch.from_numpy(array)).sequences.lengths == (2, 4)
+    array[:] = positions_of(3, 3).numpy()
+    assert read(torch.from_numpy(array)).sequences.lengths == (3, 3)
+
+
+def test_lengths_and_padding_are_read_together():
+    mask = torch.tensor([[1, 1, 0, 1, 1, 0]])
+    lengths = {"cu_seq_lens_q": torch.tensor([0, 3, 6])}
+    assert read(None, mask, **lengths).sequences.lengths == (2, 1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        (
+            {"cu_seq_lens_q": [0, 2, 6], "cu_seq_lens_k": [0, 3, 6]},
+            "cu_seq_lens_q and cu_seq_lens_k disagree",
+        ),
+        ({"cu_seq_lens_q": [0, 2, 6], "cu_seq_lens_k": [0, 2, 4, 6]}, "holds 2 sequences, cu_seq_lens_k 3"),
+        (
+            {"cu_seq_lens_q": [0, 2, 6], "seq_idx": [[0, 0, 0, 1, 1, 1]]},
+            "cu_seq_lens_q and seq_idx disagree",
+        ),
+        ({"cu_seq_lens_q": [0, 2, 6], "max_length_k": 5}, "max_length_k is 5, but the longest sequence has 4"),
+        ({"packed_sequences": (2, 4), "cu_seq_lens_q": [0, 3, 6]}, "packed_sequences and cu_seq_lens_q disagree"),
+        ({"packed_sequences": (2, 4), "max_length_q": 3}, "max_length_q is 3, but the longest sequence has 4"),
+        ({"packed_sequences": [2, 4]}, "packed_sequences must be PackedSequences, found list"),
+    ],
+)
+def test_dialects_of_lengths_must_agree(lengths, message):
+    given = {
+        name: PackedSequences.from_lengths(value)
+        if isinstance(value, tuple)
+        else torch.tensor(value)
+        if name.startswith(("cu", "seq"))
+        else value
+        for name, value in lengths.items()
+    }
+    with pytest.raises(PadfreeError, match=message):
+        read(None, **given)
+
+
+def test_segments_that_cannot_be_meant_for_the_tokens_are_refused():
+    with pytest.raises(PadfreeError, match=r"segment numbers of shape \(1, 4\) for \(1, 6\)"):
+        read(None, torch.tensor([[1, 1, 2, 2]]))

@@ -6,9 +6,11 @@ import pytest
 import torch
 from conftest import PATCHES, skip_if_unavailable
 
+import padfree_patch.versions
 from padfree_patch import applied
 from padfree_patch.testing import CHECKS, conformance, examples, pack, tiny_model
 
+TRANSFORMERS = padfree_patch.versions.transformers_version().release
 VARIANTS = [(patch, name) for patch in PATCHES for name in ("default", *patch.variants)]
 
 
@@ -90,3 +92,35 @@ def test_dropout_is_isolated_and_random(make):
         assert torch.equal(run(a), run(other_a))
         torch.manual_seed(1)
         assert not torch.equal(run(a), model(**pack([a, b])).logits[:, 9:])
+
+
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+def test_boundaries_are_ignored_whatever_the_labels_say(make, name):
+    if name == "shift_labels" and TRANSFORMERS < (4, 57):
+        pytest.skip("this version's losses know no shift_labels")
+    sequences = examples((5, 9))
+    loss, _ = conformance.alone_loss_and_gradients(make, sequences)
+    batch = pack(sequences)
+    labels = batch["input_ids"]
+    extra = {"labels": labels}
+    if name == "shift_labels":
+        extra["shift_labels"] = torch.cat([labels[:, 1:], torch.full((1, 1), -100)], 1)
+    with applied(make()) as model, torch.no_grad():
+        torch.testing.assert_close(model(**batch, **extra).loss.item(), loss, rtol=2e-6, atol=0)
+
+
+def test_static_cache_with_left_padding(make):
+    """generate then passes a 4-D mask beside positions such as 1, 1, 0, 1: ordinary."""
+    if TRANSFORMERS < (4, 45):
+        pytest.skip("this version's generate has no static cache for these calls")
+    short, long = examples((6, 10))
+    ids = torch.cat([torch.cat([torch.zeros(1, 4, dtype=torch.int64), short], 1), long])
+    mask = torch.tensor([[0] * 4 + [1] * 6, [1] * 10])
+    options = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0}
+    model = make()
+    try:
+        expected = model.generate(ids, attention_mask=mask, **options)
+    except Exception as error:
+        pytest.skip(f"upstream itself can't: {error!r}")
+    with applied(model):
+        assert torch.equal(model.generate(ids, attention_mask=mask, **options), expected)

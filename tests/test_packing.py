@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from padfree_patch import PackedSequences, PadfreeError
-from padfree_patch.packing import read_positions_and_mask, starts_agree
+from padfree_patch.packing import agrees, read_tensors
 from padfree_patch.testing import SyncCounter
 
 
@@ -102,7 +102,8 @@ def test_nonsense_is_refused(make, message):
 def test_reading_positions_and_mask(positions, mask, expected):
     given = [None if values is None else torch.tensor([values]) for values in (positions, mask)]
     with SyncCounter() as syncs:
-        assert read_positions_and_mask(*given) == expected
+        found = read_tensors(*given)
+    assert (found.lengths if found else None) == expected
     assert syncs.total == 1
 
 
@@ -117,13 +118,27 @@ def test_reading_positions_and_mask(positions, mask, expected):
 )
 def test_contradictions_are_refused(positions, mask, message):
     with pytest.raises(PadfreeError, match=message):
-        read_positions_and_mask(torch.tensor([positions]), torch.tensor([mask]))
+        read_tensors(torch.tensor([positions]), torch.tensor([mask]))
 
 
 def test_agreement_is_checked_without_a_sync():
     sequences = PackedSequences.from_lengths([2, 2])
     with SyncCounter() as syncs:
-        good, bad = (starts_agree(row(*values), sequences) for values in ((0, 1, 0, 1), (0, 1, 2, 3)))
+        good, bad = (agrees(row(*values), sequences) for values in ((0, 1, 0, 1), (0, 1, 2, 3)))
     assert syncs.total == 0
     assert good
     assert not bad
+
+
+@pytest.mark.parametrize(
+    ("positions", "packed"),
+    [
+        ([1, 1, 1, 0, 1, 2], False),  # generate, padded left, with a mask that is no 2-D one
+        ([1, 1, 8, 9, 10, 11], False),  # its second turn
+        ([1, 1, 1, 0, 1, 0], True),
+        ([0, 1, 2, 0, 1, 2], True),
+        ([3, 4, 5, 6, 7, 8], False),
+    ],
+)
+def test_left_padding_that_no_mask_tells_of(positions, packed):
+    assert bool(read_tensors(row(*positions), None, left_padded=True)) is packed

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import inspect
 import io
 import pickle
 import subprocess
 import sys
 import textwrap
+import threading
 
 import pytest
 import torch
@@ -113,7 +115,7 @@ def test_failed_verification_rolls_back(make, monkeypatch):
     model = make()
     before = snapshot(model)
     leaky = padfree_patch.Verification(
-        "Tiny", logit_change=0.5, leaked_gradient=0.1, first_leak="model.layers.0.self_attn"
+        "Tiny", logit_change=0.5, leaked_gradient=0.1, alone_error=0.5, first_leak="model.layers.0.self_attn"
     )
     monkeypatch.setattr(padfree_patch.verification, "verify", lambda model: leaky)
     with pytest.raises(padfree_patch.LeakError, match=r"EXAMPLES MIX(.|\n)*model\.layers\.0\.self_attn"):
@@ -301,6 +303,100 @@ def test_compiled_model_patched_afterwards(make, batch, alone):
     with padfree_patch.applied(model):
         assert_exact(model, batch, alone)
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["unpatched first", "patched, unpatched, patched", "same model before and after"])
+def test_compiled_graphs_of_other_models_are_not_taken(make, batch, alone, order):
+    """Dynamo keeps graphs per code object: the mark of a patched model must be a guard."""
+    patched, other = make(), make()
+    if order == "patched, unpatched, patched":
+        padfree_patch.apply(patched)
+        assert_exact(torch.compile(patched, backend="eager"), batch, alone)
+    if order == "same model before and after":
+        other = patched
+    naive = torch.compile(other, backend="eager")(**batch).logits
+    assert conformance.largest(naive - alone) > 1e-3
+    padfree_patch.apply(patched)
+    assert_exact(torch.compile(patched, backend="eager"), batch, alone)
+    padfree_patch.restore(patched)
+
+
+@pytest.mark.slow
+def test_ordinary_call_stays_one_graph(llama):
+    (ids,) = examples((9,))
+    expected = torch.compile(llama, backend="eager", fullgraph=True)(input_ids=ids, use_cache=False).logits
+    torch._dynamo.reset()
+    padfree_patch.apply(llama)
+    found = torch.compile(llama, backend="eager", fullgraph=True)(input_ids=ids, use_cache=False).logits
+    assert torch.equal(found, expected)
+
+
+def test_wrapper_of_others_around_ours_does_no_harm(make, batch, alone):
+    """Somebody wraps the patched class; after restore and apply, ours stands around theirs around ours."""
+    model = padfree_patch.apply(make())
+    decoder = type(model.base_model)
+    before = vars(decoder)["forward"]
+
+    def theirs(self, *args, **kwargs):
+        return before(self, *args, **kwargs)
+
+    try:
+        decoder.forward = theirs
+        theirs.__signature__ = inspect.signature(before)
+        padfree_patch.restore(model)
+        padfree_patch.apply(model)
+        assert_exact(model, batch, alone)
+        padfree_patch.restore(model)
+        assert vars(decoder)["forward"] is theirs
+    finally:
+        decoder.forward = getattr(before, patching.ORIGINAL)
+
+
+def test_wrappers_cannot_be_unwrapped(llama):
+    """accelerate's unwrap_model follows `__wrapped__` and puts what it finds on the instance: must be ours."""
+    upstream = type(llama).forward
+    with padfree_patch.applied(llama):
+        ours = type(llama).forward
+        assert not hasattr(ours, "__wrapped__") or ours.__wrapped__ is not upstream
+        assert inspect.signature(ours) == inspect.signature(upstream)
+        assert (ours.__name__, ours.__doc__) == (upstream.__name__, upstream.__doc__)
+
+
+def test_applied_puts_the_backend_back(llama):
+    padfree_patch.apply(llama)
+    with padfree_patch.applied(llama, backend="sdpa"):
+        assert vars(llama)[patching.OPT_IN].backend == "sdpa"
+    assert vars(llama)[patching.OPT_IN].backend == "auto"
+
+
+def test_untested_version_warns_and_works(llama, monkeypatch):
+    monkeypatch.setattr(padfree_patch.versions, "transformers_version", lambda: padfree_patch.versions.Version("9.0"))
+    with pytest.warns(UserWarning, match="llama was tested on transformers .*, this is 9.0. Leave verify=True"):
+        padfree_patch.apply(llama)
+
+
+def test_restore_in_another_thread_does_not_take_the_patch_away(make, batch, alone, monkeypatch):
+    other, install = padfree_patch.apply(make()), patching._Seam.install
+    thread = threading.Thread(target=padfree_patch.restore, args=(other,))
+
+    def install_while_the_other_restores(seam):
+        install(seam)
+        if thread.ident is None:
+            thread.start()
+            thread.join(timeout=0.2)  # it must wait for the lock
+
+    monkeypatch.setattr(patching._Seam, "install", install_while_the_other_restores)
+    model = padfree_patch.apply(make(), verify=False)
+    thread.join()
+    assert_exact(model, batch, alone)
+
+
+def test_prompt_tuning_is_refused(llama):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(PadfreeError, match="puts virtual tokens before each row"):
+        padfree_patch.apply(model)
 
 
 def test_distributed_data_parallel(llama, batch, tmp_path):

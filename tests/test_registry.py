@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 
 import pytest
+from conftest import PATCHES
 from packaging.specifiers import SpecifierSet
 
 from padfree_patch import PadfreeError, Patch, registry
@@ -23,6 +24,7 @@ def test_second_registration_of_a_name_prints_what_is_registered():
     assert found.model_types() == ["one", "two"]
 
 
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.model_type)
 def test_patch_is_frozen(patch):
     with pytest.raises(dataclasses.FrozenInstanceError):
         patch.model_type = "other"
@@ -62,6 +64,7 @@ def test_third_partys_patch_is_found(monkeypatch):
     assert "theirs" in registry.registry.__wrapped__().model_types()
 
 
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.model_type)
 def test_every_patch_module_is_an_entry_point_and_says_what_it_was_read_against(patch):
     module = importlib.import_module(f"padfree_patch.patches.{patch.model_type}")
     assert module.PATCH is patch

@@ -111,3 +111,20 @@ def test_works_in_half_precision_and_under_autocast(make):
         assert padfree_patch.verify(model)
     with padfree_patch.applied(make()) as model, torch.autocast("cpu", torch.bfloat16):
         assert padfree_patch.verify(model)
+
+
+def test_says_that_weights_are_broken(llama):
+    with torch.no_grad():
+        llama.lm_head.weight.fill_(float("nan"))
+    result = padfree_patch.verify(llama)
+    assert not result
+    assert "not finite" in str(result)
+
+
+def test_looks_at_the_decoder_of_a_head_with_one_result_per_row(llama):
+    from transformers import LlamaForSequenceClassification
+
+    model = LlamaForSequenceClassification(llama.config)
+    assert not padfree_patch.verify(model)
+    with padfree_patch.applied(model):
+        assert padfree_patch.verify(model)

@@ -29,20 +29,10 @@ def save_picture(comparison: Comparison, path: Path) -> None:
     loss.set(xlabel="step", ylabel="loss", title=f"loss: at most {max(comparison.loss_differences):.1e} apart")
     loss.legend(frameon=False)
 
-    bars(
-        panels["speed"],
-        "real tokens per second",
-        padded.tokens_per_second,
-        packed.tokens_per_second,
-        "{:,.0f}",
-    )
-    bars(
-        panels["memory"],
-        "growth of memory, MB",
-        padded.growth_bytes / 1e6,
-        packed.growth_bytes / 1e6,
-        "{:,.0f}",
-    )
+    note = "\n(unreliable: CPU shared)" if comparison.crowded() else ""
+    speeds = padded.tokens_per_second, packed.tokens_per_second
+    bars(panels["speed"], f"real tokens per second{note}", *speeds, "{:,.0f}")
+    bars(panels["memory"], "growth of memory, MB", padded.growth_bytes / 1e6, packed.growth_bytes / 1e6, "{:,.0f}")
     bars(panels["padding"], "padding, %", 100 * padded.padding_share, 100 * packed.padding_share, "{:.0f}")
     for axes in panels.values():
         axes.spines[["top", "right"]].set_visible(False)

@@ -57,7 +57,7 @@ def summary_table(comparison: Comparison) -> Table:
     padded, packed, settings = comparison.padded, comparison.padding_free, comparison.settings
     table = Table(
         title=f"{settings['model']}: {settings['steps']} steps, batch size {settings['batch_size']}, "
-        f"float32 on {settings['threads']} CPU threads",
+        f"transformers {settings['transformers']}, float32, {settings['threads']} CPU threads",
         title_justify="left",
         caption="Real tokens are not pads; speed leaves out the first step. Peak memory is the whole process; "
         "growth is what training added to the loaded model, gradients and optimizer state (alike in both) "

@@ -112,7 +112,7 @@ class Comparison:
                 "ok": not self.problems(),
                 "problems": self.problems(),
                 "settings": self.settings,
-                "speedup": self.speedup,
+                "speedup": None if self.crowded() else self.speedup,
                 "speeds_unreliable": self.crowded(),
                 "largest_loss_difference": max(self.loss_differences, key=lambda x: (math.isnan(x), x)),
                 "loss_tolerance": TOLERANCE,

@@ -194,9 +194,14 @@ def ordinary_results(model: Any) -> dict[str, Tensor]:
         cache = model(input_ids=long[:, :7], use_cache=True).past_key_values
         positions = torch.arange(7, 10).unsqueeze(0)
         results["cache"] = model(input_ids=long[:, 7:], past_key_values=cache, position_ids=positions).logits
-        results["generate"] = model.generate(
-            left, attention_mask=left_mask, max_new_tokens=5, do_sample=False, pad_token_id=0
-        )
+        generated = model.generate(left, attention_mask=left_mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        results["generate"] = generated
+        # A second turn: left-padded, with a cache, a mask that covers both, and more than one token.
+        first = model(input_ids=left, attention_mask=left_mask, position_ids=left_positions, use_cache=True)
+        both = torch.cat([left_mask, left_mask], 1)
+        turn = {"input_ids": left, "attention_mask": both, "past_key_values": first.past_key_values}
+        turn["position_ids"] = (both.cumsum(-1) - 1).masked_fill(both == 0, 1)[:, 10:]
+        results["second turn"] = model(**turn).logits
     return results
 
 
