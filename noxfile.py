@@ -77,3 +77,10 @@ def demo(session: nox.Session) -> None:
     """A small fine-tuning run, padded and padding-free, under a transformers without native support."""
     session.install("-e", ".[demo]", *pins("4.41.2"))
     session.run("python", "-m", "padfree_patch.demo", *session.posargs)
+
+
+@nox.session
+def real_input(session: nox.Session) -> None:
+    """The demo on a real model and real text; writes docs/real-input.md. Takes most of an hour on two cores."""
+    session.install("-e", ".[demo]", *pins("4.41.2"))
+    session.run("python", "benchmarks/real_input.py", *session.posargs)

@@ -121,7 +121,7 @@ def test_lengths_and_padding_are_read_together():
             {"cu_seq_lens_q": [0, 2, 6], "seq_idx": [[0, 0, 0, 1, 1, 1]]},
             "cu_seq_lens_q and seq_idx disagree",
         ),
-        ({"cu_seq_lens_q": [0, 2, 6], "max_length_k": 5}, "max_length_k is 5, but the longest sequence has 4"),
+        ({"cu_seq_lens_q": [0, 2, 6], "max_length_k": 5}, "max_length is 5, but the longest sequence has 4"),
         ({"packed_sequences": (2, 4), "cu_seq_lens_q": [0, 3, 6]}, "packed_sequences and cu_seq_lens_q disagree"),
         ({"packed_sequences": (2, 4), "max_length_q": 3}, "max_length_q is 3, but the longest sequence has 4"),
         ({"packed_sequences": [2, 4]}, "packed_sequences must be PackedSequences, found list"),
