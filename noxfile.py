@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nox
@@ -70,6 +72,50 @@ def tests(session: nox.Session, transformers: str) -> None:
     # Two processes of one thread each: the models are too small for torch to fill two cores with one.
     one_thread_offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     session.run("pytest", "-n2", f"--junitxml={report}", *session.posargs, env=one_thread_offline)
+
+
+# fmt: off
+LAST_PATCHES = [
+    "4.34.1", "4.35.2", "4.36.2", "4.37.2", "4.38.2", "4.39.3", "4.40.2", "4.41.2", "4.42.4", "4.43.4", "4.44.2",
+    "4.45.2", "4.46.3", "4.47.1", "4.48.3", "4.49.0", "4.50.3", "4.51.3", "4.52.4", "4.53.3", "4.54.1", "4.55.4",
+    "4.56.2", "4.57.6", "5.0.0", "5.1.0", "5.2.0", "5.3.0", "5.4.0", "5.5.4", "5.6.2", "5.7.0", "5.8.1", "5.9.0",
+    "5.10.4", "5.11.0", "5.12.1", "5.13.1", "5.14.1", "5.15.1", "5.16.1", "5.17.0", "5.18.0", "5.19.0", "5.20.2",
+    "5.21.1", "5.22.2", "5.23.0",
+]
+# fmt: on
+"""The last patch release of every transformers minor."""
+
+
+@nox.session(venv_backend="none")
+def matrix(session: nox.Session) -> None:
+    """Every patch, variant and implementation on every minor, two versions at a time; writes docs/support.md."""
+    chosen = session.posargs or LAST_PATCHES
+    folder = Path(".nox", "matrix").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    uv = str(Path(sys.executable).with_name("uv"))  # beside nox, which need not be on PATH
+
+    def run(version: str) -> subprocess.CompletedProcess[str]:
+        python = str(folder / version / "bin" / "python")
+        packages = [TORCH, f"transformers=={version}", "numpy<2" if version.startswith("4") else "numpy", "-e", "."]
+        steps = [
+            [uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder / version)],
+            [uv, "pip", "install", "--quiet", "--python", python, *packages],
+            [python, "tests/matrix.py", str(folder / f"{version}.json")],
+        ]
+        for step in steps:
+            done = subprocess.run(step, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            if done.returncode:
+                break
+        return done
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        outcomes = list(pool.map(run, chosen))
+    for version, outcome in zip(chosen, outcomes):
+        session.log(f"{version}: {outcome.stdout.strip()}")
+    session.run(str(folder / chosen[0] / "bin" / "python"), "tests/matrix.py", "--merge", str(folder))
+    if any(outcome.returncode for outcome in outcomes):
+        session.error("not every version passed")
 
 
 @nox.session

@@ -13,7 +13,7 @@ try:
 except ImportError as error:  # an extra, so that training machines need not have it
     raise SystemExit("padfree-patch needs click: pip install 'padfree_patch[cli]'") from error
 
-from . import versions
+from . import support, versions
 from .errors import PadfreeError
 from .registry import registry
 
@@ -76,17 +76,21 @@ def bench(model: str, tiny: bool, attn: str, as_json: bool, batch_size: int, ste
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def list_patches(as_json: bool) -> None:
     """The architectures with a patch, and the transformers versions that each was tested on."""
-    version = versions.transformers_version()
+    version = str(versions.transformers_version())
     rows = [
-        {"model_type": p.model_type, "tested": p.transformers, "here": versions.inside(version, p.transformers)}
-        for p in registry().patches()
+        {
+            "model_type": patch.model_type,
+            "tested": patch.transformers,
+            **{name: support.status(version, patch.model_type, name) for name in ("eager", "sdpa")},
+        }
+        for patch in registry().patches()
     ]
     if as_json:
-        click.echo(json.dumps({"transformers": str(version), "patches": rows}))
+        click.echo(json.dumps({"transformers": version, "patches": rows}))
         return
+    click.echo(f"{'':12} {'transformers':14} on {version}: eager, sdpa")
     for row in rows:
-        here = "tested" if row["here"] else "outside the tested range"
-        click.echo(f"{row['model_type']:12} transformers {row['tested']:14} {here} here ({version})")
+        click.echo(f"{row['model_type']:12} {row['tested']:14} {row['eager']}, {row['sdpa']}")
 
 
 def _load(model: str, tiny: bool, attn: str) -> Any:

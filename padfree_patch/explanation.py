@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import attention, masks, patching, rope, verification, versions
+from . import attention, masks, patching, rope, support, verification, versions
 from .errors import PadfreeError
 from .registry import Patch, patch_for, pretrained_modules
 from .verification import Verification
@@ -31,6 +31,8 @@ class Explanation:
     """Why apply would refuse the model, if so."""
     tested: str | None = None
     """transformers versions that the patch was tested on."""
+    table: str = "untested"
+    """What the support table says of this version and implementation: exact, refused, ..., or untested."""
     now: Verification | None = None
     """What verify measures on the model as it is."""
     after: Verification | None = None
@@ -58,7 +60,7 @@ class Explanation:
             return "\n".join([*lines, f"  apply refuses it: {self.refused}"])
         if not self.patched and self.after is not None:
             lines.append(f"  after apply: {_verdict(self.after)}")
-        lines.append(f"  tested on transformers {self.tested}")
+        lines.append(f"  tested on transformers {self.tested}, in this version: {self.table}")
         lines += [f"  backend {name}: {word}" for name, word in self.backends.items()]
         lines.append(f"  backend of this model on its device: {self.backend}")
         if any(self.windows):
@@ -98,6 +100,7 @@ def explain(model: nn.Module) -> Explanation:
     return Explanation(
         **facts,
         tested=patch.transformers,
+        table=support.status(facts["transformers"], patch.model_type, facts["implementation"]),
         backend=attention.select(needs).NAME,
         backends={backend.NAME: backend.refusal(needs) or "works" for backend in attention.BACKENDS},
         windows=windows,

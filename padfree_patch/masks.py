@@ -30,8 +30,12 @@ BUILDER_FUNCTIONS = (
 )
 """Names that decoders call as globals of their modeling file."""
 
-BUILDER_METHOD = "_update_causal_mask"
-"""The decoder's own method that does the same, 4.38 to 4.52."""
+BUILDER_METHODS = (
+    "_prepare_decoder_attention_mask",  # 4.34
+    "_prepare_attn_mask",  # 4.34, Falcon
+    "_update_causal_mask",  # 4.38 to 4.52
+)
+"""Methods of the decoder that do the same."""
 
 _PROBE_TOKENS, _PROBE_WINDOW = 8, 4
 
@@ -65,7 +69,7 @@ def _answer(packed: Tensor, original: Callable[..., Any], args: tuple[Any, ...],
 def _window(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Tokens that a query would see under the mask which `original` would build, itself included; 0 for all."""
     call = dict(_signature(original).bind(*args, **kwargs).arguments)
-    if "input_shape" in call:  # 4.35 on: the window is an argument
+    if "input_shape" in call:  # 4.34 on: the window is an argument
         size = call.get("sliding_window")
         return _adjusted(original, size, functools.partial(_probe_function, call), size) if size else 0
     owner = call.get("self")  # 4.38 to 4.52: a method, which reads its config
@@ -82,7 +86,14 @@ def _window(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
 def _probe_function(call: dict[str, Any], original: Callable[..., Any]) -> Tensor | None:
     embeds = torch.empty(1, _PROBE_TOKENS, 1)
-    mask: Tensor | None = original(None, embeds.shape[:2], embeds, 0, sliding_window=_PROBE_WINDOW)
+    stand_ins = {
+        "self": call.get("self"),
+        "input_shape": embeds.shape[:2],
+        "inputs_embeds": embeds,
+        "past_key_values_length": 0,
+        "sliding_window": _PROBE_WINDOW,
+    }
+    mask: Tensor | None = original(**{name: stand_ins.get(name) for name in call})
     return mask
 
 

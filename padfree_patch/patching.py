@@ -65,7 +65,7 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
         for opt_in in backends:
             opt_in.backend = backend
         if verify:
-            _verify(model)
+            _verify(plan.patch, model)
     except BaseException:
         for module, _ in new:
             _opt_out(module)
@@ -119,10 +119,18 @@ def _warn_if_untested(patch: Patch) -> None:
         )
 
 
-def _verify(model: nn.Module) -> None:
+def _verify(patch: Patch, model: nn.Module) -> None:
     from . import verification  # which applies nothing, but is heavier than what a process without models needs
 
-    result = verification.verify(model)
+    try:
+        result = verification.verify(model)
+    except PadfreeError:
+        raise
+    except Exception as error:
+        raise PadfreeError(
+            f"{patch.model_type}: the patched model can't run a packed row: {error!r} on transformers "
+            f"{versions.transformers_version()} (patch tested on {patch.transformers}); it was put back as it was"
+        ) from error
     if result.skipped:
         warnings.warn(
             f"padfree_patch.apply could not check its work: {result.skipped}. "
@@ -155,7 +163,9 @@ class _Seam:
             if self in _installed:
                 return
             own = vars(self.holder()).get(self.name, _ABSENT)
-            wrapper = _wrapped(getattr(self.holder(), self.name), _HANDLERS[self.handler])
+            wrapper: Any = _wrapped(getattr(self.holder(), self.name), _HANDLERS[self.handler])
+            if isinstance(own, staticmethod):
+                wrapper = staticmethod(wrapper)
             _installed[self] = (own, wrapper)
             setattr(self.holder(), self.name, wrapper)
 
@@ -321,13 +331,12 @@ def _mask_seams(patch: Patch, decoder: nn.Module) -> set[_Seam]:
     owner = next(base for base in type(decoder).__mro__ if base.__name__ == patch.decoder)
     namespace = vars(sys.modules[owner.__module__])
     found = {_Seam(owner.__module__, name, "mask") for name in masks.BUILDER_FUNCTIONS if name in namespace}
-    if hasattr(owner, masks.BUILDER_METHOD):
-        found.add(_Seam(owner, masks.BUILDER_METHOD, "mask"))
+    found |= {_Seam(owner, name, "mask") for name in masks.BUILDER_METHODS if hasattr(owner, name)}
     if not found:
         raise _changed(
             patch,
-            f"{owner.__module__} has none of {', '.join(masks.BUILDER_FUNCTIONS)} and {owner.__name__} no "
-            f"{masks.BUILDER_METHOD}, one of which must build the attention mask",
+            f"{owner.__module__} has none of {', '.join(masks.BUILDER_FUNCTIONS)} and {owner.__name__} none of "
+            f"{', '.join(masks.BUILDER_METHODS)}, one of which must build the attention mask",
         )
     return found
 

@@ -3,7 +3,7 @@
 Needs nothing of its own. It adds its mask to eager's scores unasked (`kernel_call._Scores.__add__`). Falcon with ALiBi
 is refused: its bias is part of a mask of T x T.
 
-Read against models/falcon/modeling_falcon.py of transformers 4.36.2, 4.41.2, 4.47.1, 4.57.6 and 5.23.0.
+Read against models/falcon/modeling_falcon.py of transformers 4.35.2, 4.36.2, 4.41.2, 4.47.1, 4.57.6 and 5.23.0.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ PATCH = Patch(
     model_type="falcon",
     attention="FalconAttention",
     decoder="FalconModel",
-    transformers=">=4.36,<5.24",
+    transformers=">=4.35,<5.24",
     tiny={"num_kv_heads": 2, "new_decoder_architecture": True},
     refusal=refusal,
     variants={

@@ -3,7 +3,8 @@
 Needs nothing of its own: the window is read off the mask that upstream itself would build (`padfree_patch.masks`).
 The sdpa class exists since 4.37; 4.36 has eager only.
 
-Read against models/mistral/modeling_mistral.py of transformers 4.36.2, 4.41.2, 4.43.4, 4.47.1, 4.57.6 and 5.23.0.
+Read against models/mistral/modeling_mistral.py of transformers 4.34.1, 4.36.2, 4.41.2, 4.43.4, 4.47.1, 4.57.6 and
+5.23.0.
 """
 
 from padfree_patch.registry import Patch
@@ -12,7 +13,7 @@ PATCH = Patch(
     model_type="mistral",
     attention="MistralAttention",
     decoder="MistralModel",
-    transformers=">=4.36,<5.24",
+    transformers=">=4.34,<5.24",
     variants={
         "window": {"sliding_window": 4},
         "no window": {"sliding_window": None},

@@ -123,6 +123,15 @@ def test_failed_verification_rolls_back(make, monkeypatch):
     assert snapshot(model) == before
 
 
+def test_model_that_cannot_run_a_packed_row_is_refused(llama):
+    """Whatever upstream raises: it is ours to say, and the model is as it was."""
+    llama.model.layers[1] = torch.nn.Linear(2, 2)
+    before = snapshot(llama)
+    with pytest.raises(PadfreeError, match=r"llama: the patched model can't run a packed row: .* it was put back"):
+        padfree_patch.apply(llama)
+    assert snapshot(llama) == before
+
+
 def test_unverifiable_model_is_patched_with_a_warning():
     with torch.device("meta"):
         model = tiny_model(registry().get("llama"))
@@ -154,8 +163,8 @@ def test_changed_upstream_is_refused(llama, monkeypatch, change, message):
 
 def test_missing_mask_builder_is_refused(llama, monkeypatch):
     monkeypatch.setattr(padfree_patch.masks, "BUILDER_FUNCTIONS", ("build_no_mask",))
-    monkeypatch.setattr(padfree_patch.masks, "BUILDER_METHOD", "_build_no_mask")
-    with pytest.raises(PadfreeError, match="has none of build_no_mask and LlamaModel no _build_no_mask"):
+    monkeypatch.setattr(padfree_patch.masks, "BUILDER_METHODS", ("_build_no_mask",))
+    with pytest.raises(PadfreeError, match="has none of build_no_mask and LlamaModel none of _build_no_mask"):
         padfree_patch.apply(llama)
 
 

@@ -7,6 +7,7 @@ fail on the unpatched model, which the test suite shows by running them with `pa
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -129,7 +130,11 @@ def checkpointing(*, reentrant: bool) -> Callable[[Any], None]:
     """A function that switches gradient checkpointing on, of the given kind, on any version."""
 
     def switch_on(model: Any) -> None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        takes_kind = (
+            "gradient_checkpointing_kwargs" in inspect.signature(model.gradient_checkpointing_enable).parameters
+        )
+        kind = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}} if takes_kind else {}  # 4.35 on
+        model.gradient_checkpointing_enable(**kind)
         if reentrant:
             model.enable_input_require_grads()
 
