@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from . import attention, forward, masks, rope, versions
+from . import attention, forward, masks, rope, verification, versions
 from .errors import PadfreeError
 from .forward import OPT_IN
 from .registry import Patch, patch_for, pretrained_modules
@@ -120,8 +120,6 @@ def _warn_if_untested(patch: Patch) -> None:
 
 
 def _verify(patch: Patch, model: nn.Module) -> None:
-    from . import verification  # which applies nothing, but is heavier than what a process without models needs
-
     try:
         result = verification.verify(model)
     except PadfreeError:

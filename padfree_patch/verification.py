@@ -2,7 +2,7 @@
 
 Two probes that share nothing: change example A and example B's logits must not move; and the gradient of B's loss at
 A's embeddings must be exactly zero, which needs no tolerance. A third compares the packed row with each example alone.
-All three run through the model's own forward, without dropout, on a dozen random tokens.
+All three run through the model's own forward, without dropout, on seventeen random tokens.
 """
 
 from __future__ import annotations
