@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
+import pkgutil
 
 import pytest
 from conftest import PATCHES
@@ -55,6 +56,13 @@ def test_broken_entry_points_are_named(monkeypatch, entry_points, message):
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entry_points)
     with pytest.raises(PadfreeError, match=message):
         registry.registry.__wrapped__()
+
+
+def test_every_file_under_patches_is_an_entry_point():
+    import padfree_patch.patches
+
+    files = {module.name for module in pkgutil.iter_modules(padfree_patch.patches.__path__)}
+    assert files <= set(registry.registry().model_types())
 
 
 def test_third_partys_patch_is_found(monkeypatch):
