@@ -68,6 +68,8 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
             _verify(plan.patch, model)
     except BaseException:
         for module, _ in new:
+            if mark := _opt_in_of(module):
+                _opted_in.discard(mark)  # the error's own frames still hold it, which would keep the seams
             _opt_out(module)
         for opt_in, old in backends.items():
             opt_in.backend = old

@@ -27,27 +27,25 @@ def run_worker(
     job_file.write_text(json.dumps(job))
     threads = {"OMP_NUM_THREADS": str(job["threads"]), "MKL_NUM_THREADS": str(job["threads"])}
     with open(log, "w", encoding="utf-8") as log_file:
-        process = subprocess.Popen(
+        run = None
+        with subprocess.Popen(
             [sys.executable, "-m", "padfree_patch.demo.worker", str(job_file)],
             stdout=subprocess.PIPE,
             stderr=log_file,
             text=True,
             env=os.environ | threads,
-        )
-        run = None
-        assert process.stdout is not None  # it is a pipe
-        try:
-            for line in process.stdout:
-                message = json.loads(line)
-                if "run" in message:
-                    run = Run.from_json(message["run"])
-                else:
-                    follow(message)
-        except BaseException:  # Ctrl-C too: no worker outlives the demo
-            process.kill()
-            raise
-        finally:
-            process.wait()
+        ) as process:
+            assert process.stdout is not None  # it is a pipe
+            try:
+                for line in process.stdout:
+                    message = json.loads(line)
+                    if "run" in message:
+                        run = Run.from_json(message["run"])
+                    else:
+                        follow(message)
+            except BaseException:  # Ctrl-C too: no worker outlives the demo
+                process.kill()
+                raise
     if run is None or process.returncode != 0:
         end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
         raise WorkerFailed(f"the {name} run stopped with exit code {process.returncode}; the end of {log}:\n{end}")
