@@ -41,6 +41,7 @@ def _clean_start():
     """Without the class patches of models that earlier tests have left behind as garbage."""
     torch._dynamo.reset()
     gc.collect()
+    patching._opted_in.clear()
     patching._remove_unused_seams()
     assert not patching._installed
 
