@@ -80,11 +80,12 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for result in results.values():
         padded, free, settings = result["padded"], result["padding_free"], result["settings"]
         memory = 1 - free["growth_bytes"] / padded["growth_bytes"]
-        speed = free["tokens_per_second"] / padded["tokens_per_second"]
-        crowded = "" if not result["speeds_unreliable"] else " (crowded)"
+        speed = f"**{free['tokens_per_second'] / padded['tokens_per_second']:.2f} x**"
+        if result["speeds_unreliable"]:
+            speed = "crowded"
         lines.append(
             f"| {settings['data'].split('.')[0]} | {settings['batch_size']} | {padded['padding_share']:.0%} "
-            f"| {padded['tokens_per_second']:.0f} | {free['tokens_per_second']:.0f} | **{speed:.2f} x**{crowded} "
+            f"| {padded['tokens_per_second']:.0f} | {free['tokens_per_second']:.0f} | {speed} "
             f"| {-memory:+.0%} ({padded['growth_bytes'] / 2**30:.1f} to {free['growth_bytes'] / 2**30:.1f} GiB) "
             f"| {result['largest_loss_difference']:.1g} |"
         )
