@@ -72,7 +72,7 @@ def _prepared(
 ) -> tuple[dict[str, Any], PackedBatch | None]:
     """The keywords to call `original` with, and the batch if a rotary of the module must know it."""
     module: nn.Module = args[0]
-    lengths = {name: kwargs[name] for name in LENGTH_ARGUMENTS if name in kwargs}
+    lengths = {name: kwargs[name] for name in LENGTH_ARGUMENTS if name in kwargs and not _is_generates(name, kwargs)}
     kwargs = {name: value for name, value in kwargs.items() if name not in lengths}
     signature(original).bind(*args, **kwargs)  # or a TypeError as Python's own
     call = {**dict(zip(list(signature(original).parameters)[1:], args[1:])), **kwargs}
@@ -81,7 +81,7 @@ def _prepared(
         return call, None
     _check_packed_call(module, call, is_decoder)
     call["position_ids"] = batch.position_ids
-    call["attention_mask"] = packed_mask(batch.position_ids.device) if is_decoder else None
+    call["attention_mask"] = packed_mask() if is_decoder else None
     # A cache of a packed row would be one of several texts at once: nothing could be generated from it.
     call.pop("past_key_values", None)
     if takes_keyword(original, "use_cache"):
@@ -90,6 +90,12 @@ def _prepared(
         _ignore_boundaries(call, batch)
     needs_rotation = is_decoder and any(rope.depends_on_length(child) for child in module.children())
     return call, batch if needs_rotation else None
+
+
+def _is_generates(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a length argument is one of upstream's generate (4.54 on), for flash-attn: about cache and padding."""
+    generating = kwargs.get("past_key_values") is not None and kwargs.get("attention_mask") is not None
+    return generating and name != "packed_sequences"
 
 
 def _read(module: nn.Module, call: dict[str, Any], lengths: dict[str, Any]) -> PackedBatch | None:

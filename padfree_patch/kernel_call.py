@@ -3,12 +3,18 @@
 Projections, rotary, norms, clipping and the output projection stay upstream's, whatever the version. A torch-function
 mode around the one call sees the torch functions that it uses, and answers two of them: `scaled_dot_product_attention`,
 and the `matmul(q, k.T) ... softmax ... matmul(weights, v)` of eager attention, whose T x T scores are never computed:
-`_Scores` stands in for them and notes what upstream does to them. No global is replaced, other threads and other
-models see nothing, and a function that is not understood is an error that names it.
+`_Scores` stands in for them and notes what upstream does to them. Other threads and other models see nothing, and a
+function that is not understood is an error that names it.
+
+Models loaded as flash_attention_2 come to no torch function but to flash-attn's, or to upstream's function around it.
+Those are wrapped where upstream looks them up (`padfree_patch.patching`) and ask whether a packed call is under way.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import attention, rope
+from . import attention, rope, versions
 from .boundaries import batch_at_layer
 from .errors import PadfreeError
 from .masks import window_of
@@ -41,32 +47,77 @@ def packed_attention(original: Callable[..., Any], backend: str, args: tuple[Any
     """
     module: nn.Module = args[0]
     batch = batch_at_layer(kwargs.get("position_ids"))
-    call = _KernelCall(type(module).__name__, batch.sequences, window_of(kwargs["attention_mask"]), backend)
+    call = _KernelCall(module, batch.sequences, window_of(kwargs["attention_mask"]), backend)
     changed = {"attention_mask": None, "position_ids": rope.positions_for(module, batch)}
     with rope.rotating(batch), call:
         result = original(*args, **{**kwargs, **changed})
     if not call.answered:
         raise PadfreeError(
             f"{type(module).__name__}.forward came to no attention kernel that padfree_patch knows "
-            "(scaled_dot_product_attention, or softmax between two matmuls)"
+            "(scaled_dot_product_attention, softmax between two matmuls, or flash-attn)"
         )
     if isinstance(result, tuple):  # eager returns its weights; those of a packed batch are never computed
         return tuple(None if isinstance(item, _Scores) else item for item in result)
     return result
 
 
+def flash_attention_forward(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answers upstream's function `_flash_attention_forward` (4.43 on), whose tensors are (B, T, heads, D)."""
+    call: _KernelCall | None = getattr(_current, "call", None)
+    if call is None:
+        return original(*args, **kwargs)
+    given = _signature(original).bind(*args, **kwargs).arguments
+    q, k, v = given["query_states"], given["key_states"], given["value_states"]
+    target = given.get("target_dtype")  # that of the weights, if norms were cast up
+    if target is not None and q.dtype == torch.float32:
+        q, k, v = (x.to(target) for x in (q, k, v))
+    size = given.get("sliding_window")
+    window = size + _flash_window_surplus() if size else 0
+    return call.flash_attention(q, k, v, given.get("softmax_scale"), float(given.get("dropout", 0.0)), window)
+
+
+def flash_attn_func(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answers flash-attn's own function where attention classes call it (until 4.42)."""
+    call: _KernelCall | None = getattr(_current, "call", None)
+    if call is None:
+        return original(*args, **kwargs)
+    bound = _signature(original).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    left, _ = given.get("window_size", (-1, -1))  # how many tokens a query sees beside itself
+    return call.flash_attention(
+        given["q"], given["k"], given["v"], given["softmax_scale"], float(given["dropout_p"]), left + 1
+    )
+
+
+_current = threading.local()
+"""`call`: the packed call that runs in this thread."""
+
+
 class _KernelCall(TorchFunctionMode):
     """Answers the attention kernel inside one forward of one module."""
 
-    def __init__(self, owner: str, sequences: PackedSequences, window: int, backend: str):
+    def __init__(self, module: nn.Module, sequences: PackedSequences, window: int, backend: str):
         super().__init__()
         self.answered = False
-        self._owner, self._sequences, self._window, self._backend = owner, sequences, window, backend
+        self._answering = False
+        self._owner = type(module).__name__
+        self._sequences, self._window, self._backend = sequences, window, backend
+
+    def __enter__(self) -> Any:
+        _current.call = self
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        _current.call = None
+        super().__exit__(*exception)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._answering:  # what the backend itself calls, if it was not this method that called the backend
+            return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._sdpa(*args, **kwargs)
         if func in _MATMULS and not kwargs and all(isinstance(x, Tensor) and x.dim() == 4 for x in args):
@@ -92,6 +143,18 @@ class _KernelCall(TorchFunctionMode):
             raise PadfreeError(f"{self._owner} passes a mask of its own to scaled_dot_product_attention: not supported")
         return self._attend(query, key, value, scale or query.shape[-1] ** -0.5, dropout_p)
 
+    def flash_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout: float, window: int
+    ) -> Tensor:
+        """q (B, T, H, D), k and v (B, T, K, D); returns (B, T, H, D)."""
+        self._answering = True
+        try:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            return self._attend(q, k, v, scale, dropout, window=window).transpose(1, 2)
+        finally:
+            self._answering = False
+
     def _on_scores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         first = args[0] if args else None
         if isinstance(first, _Scores):
@@ -104,8 +167,11 @@ class _KernelCall(TorchFunctionMode):
         name = getattr(func, "__qualname__", repr(func))
         raise PadfreeError(f"{self._owner} applies {name} to its attention scores, which padfree_patch can't follow")
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
-        """q (B, H, T, D), k and v (B, K, T, D); returns (B, H, T, D)."""
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, *, window: int | None = None
+    ) -> Tensor:
+        """q (B, H, T, D), k and v (B, K, T, D); returns (B, H, T, D). window: if not that of the mask."""
+        window = self._window if window is None else window
         if not (q.shape[2] == k.shape[2] and q.shape[0] * q.shape[2] == self._sequences.total):
             raise PadfreeError(
                 f"{self._owner}: {self._sequences} meet {q.shape[2]} queries and {k.shape[2]} keys in {q.shape[0]} rows"
@@ -113,13 +179,23 @@ class _KernelCall(TorchFunctionMode):
         self.answered = True
         dtype = _autocast_dtype(q.device.type) or q.dtype
         needs = attention.Needs(
-            device=q.device.type, dtype=dtype, head_dim=q.shape[3], window=self._window, dropout=dropout
+            device=q.device.type, dtype=dtype, head_dim=q.shape[3], window=window, dropout=dropout
         )
         rows = q.shape[0]
         q, k, v = (x.to(dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, heads, D)
         backend = attention.select(needs, self._backend)
-        output: Tensor = backend.attend(q, k, v, self._sequences, scale=scale, window=self._window, dropout=dropout)
+        output: Tensor = backend.attend(q, k, v, self._sequences, scale=scale, window=window, dropout=dropout)
         return output.unflatten(0, (rows, -1)).transpose(1, 2)
+
+
+def _flash_window_surplus() -> int:
+    """Tokens that upstream's window for flash-attn has beside the configured ones: it was (w, w) before 4.56."""
+    return 0 if versions.inside(versions.transformers_version(), ">=4.56") else 1
+
+
+@functools.cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:

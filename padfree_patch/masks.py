@@ -1,8 +1,10 @@
 """The attention mask of a packed row: never built, only what its window would be is kept.
 
-A packed row has no mask of T x T. What travels from the decoder to its layers instead is a tensor without elements,
-shape (1, 1, 0, window): ordinary masks are never empty, so it cannot be mistaken; being an argument, it survives
-gradient checkpointing, replicas and other threads; and a shape is read without a device sync.
+A packed row has no mask of T x T. What travels from the decoder to its layers instead is a tensor of shape
+(1, 1, 1, 1, window + 1): ordinary masks have at most four dimensions, so it cannot be mistaken; being an argument, it
+survives gradient checkpointing, replicas and other threads; and a shape is read without a device sync. Its one value
+lies on the CPU, because decoders before 4.42 ask `0 in attention_mask`: of models loaded as flash_attention_2 they drop
+a mask without a 0 (4.35 on), or take one with a 0 for padding (4.34).
 
 Upstream's mask builders are asked for the window. What they build is the truth for the version, the implementation
 and the layer at hand (by one token or altogether it differs between them), so the size is read off a mask of eight
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import versions
 from .errors import PadfreeError
 
 BUILDER_FUNCTIONS = (
@@ -40,30 +43,30 @@ BUILDER_METHODS = (
 _PROBE_TOKENS, _PROBE_WINDOW = 8, 4
 
 
-def packed_mask(device: torch.device, window: int = 0) -> Tensor:
+def packed_mask(window: int = 0) -> Tensor:
     """What stands for the mask of a packed row. `window`: newest tokens that a query sees, itself included; 0: all."""
-    return torch.empty(1, 1, 0, window, device=device)
+    value = int(versions.inside(versions.transformers_version(), "<4.35"))
+    return torch.full((), value, device="cpu").expand(1, 1, 1, 1, window + 1)
 
 
 def is_packed_mask(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 4 and value.shape[2] == 0
+    return isinstance(value, Tensor) and value.dim() == 5
 
 
 def window_of(mask: Tensor) -> int:
-    return mask.shape[3]
+    return mask.shape[4] - 1
 
 
 def build_mask(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Answers a call of one of upstream's builders: for a packed row with the window, else as upstream does."""
-    packed = next((value for value in (*args, *kwargs.values()) if is_packed_mask(value)), None)
-    if packed is None:
+    if not any(is_packed_mask(value) for value in (*args, *kwargs.values())):
         return original(*args, **kwargs)
-    return _answer(packed, original, args, kwargs)
+    return _answer(original, args, kwargs)
 
 
 @torch.compiler.disable
-def _answer(packed: Tensor, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return packed_mask(packed.device, _window(original, args, kwargs))
+def _answer(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return packed_mask(_window(original, args, kwargs))
 
 
 def _window(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from . import attention, forward, masks, rope, verification, versions
+from . import attention, forward, kernel_call, masks, rope, verification, versions
 from .errors import PadfreeError
 from .forward import OPT_IN
 from .registry import Patch, patch_for, pretrained_modules
@@ -34,6 +34,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 ORIGINAL = "__padfree_original__"
 """Attribute by which our functions are told from others'."""
+
+IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
+"""Values of attn_implementation whose models can be patched."""
 
 _ABSENT = object()
 
@@ -291,6 +294,8 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "model": _on_model,
     "rotary": _on_rotary,
     "mask": masks.build_mask,
+    "flash attention": kernel_call.flash_attention_forward,
+    "flash_attn": kernel_call.flash_attn_func,
 }
 
 
@@ -324,6 +329,8 @@ def _plan(model: nn.Module) -> _Plan:
     seams = {_Seam(type(module), "forward", "model" if role in ("decoder", "head") else role) for module, role in roles}
     for decoder in decoders:
         seams |= _mask_seams(patch, decoder)
+    for module in attentions:
+        seams |= _flash_attention_seams(patch, module)
     return _Plan(patch, roles, tuple(sorted(seams, key=str)))
 
 
@@ -341,6 +348,15 @@ def _mask_seams(patch: Patch, decoder: nn.Module) -> set[_Seam]:
     return found
 
 
+def _flash_attention_seams(patch: Patch, attention_module: nn.Module) -> set[_Seam]:
+    """Where upstream looks up what computes attention in models loaded as flash_attention_2."""
+    owner = next(base for base in type(attention_module).__mro__ if base.__name__ == patch.attention)
+    if hasattr(type(attention_module), "_flash_attention_forward"):  # until 4.42 a method, which calls flash-attn's own
+        return {_Seam(owner.__module__, "flash_attn_func", "flash_attn")}
+    name, namespaces = "_flash_attention_forward", (owner.__module__, "transformers.integrations.flash_attention")
+    return {_Seam(each, name, "flash attention") for each in namespaces if hasattr(sys.modules.get(each), name)}
+
+
 def _check_found(patch: Patch, model: nn.Module, wanted: str, found: list[nn.Module]) -> None:
     if not found:
         names = sorted({type(module).__name__ for module in model.modules()})
@@ -353,10 +369,10 @@ def _check_config(patch: Patch, decoders: list[nn.Module]) -> None:
         if patch.refusal is not None and (reason := patch.refusal(config)):
             raise PadfreeError(f"{patch.model_type}: {reason}")
         implementation = getattr(config, "_attn_implementation", "eager")
-        if implementation not in ("eager", "sdpa", None):
+        if implementation not in (*IMPLEMENTATIONS, None):
             raise PadfreeError(
-                f"{patch.model_type}: loaded with attention implementation {implementation!r}; "
-                "load it with attn_implementation='sdpa' or 'eager' (padfree_patch then picks the kernel itself)"
+                f"{patch.model_type}: loaded with attention implementation {implementation!r}; load it with one of "
+                f"{', '.join(IMPLEMENTATIONS)} (padfree_patch picks the kernel of packed batches itself)"
             )
 
 

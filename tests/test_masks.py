@@ -42,7 +42,7 @@ def test_window_is_the_one_that_the_loaded_model_has(model_type, config, impleme
 
 
 def test_packed_mask_cannot_be_mistaken():
-    mask = masks.packed_mask(torch.device("cpu"), window=7)
+    mask = masks.packed_mask(window=7)
     assert masks.is_packed_mask(mask)
     assert masks.is_packed_mask(mask.detach())
     assert masks.window_of(mask) == 7
@@ -58,4 +58,4 @@ def test_mask_that_is_no_window_is_refused():
         sliding_window = 5
 
     with pytest.raises(PadfreeError, match="builds no causal sliding window"):
-        masks.build_mask(builds_something_else, (Config(), masks.packed_mask(torch.device("cpu"))), {})
+        masks.build_mask(builds_something_else, (Config(), masks.packed_mask()), {})

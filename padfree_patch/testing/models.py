@@ -35,7 +35,7 @@ def tiny_model(patch: Patch, implementation: str = "sdpa", *, seed: int = 0, **c
 
     Args:
         patch: whose architecture.
-        implementation: "eager" or "sdpa", as in from_pretrained's `attn_implementation`.
+        implementation: "eager", "sdpa" or "flash_attention_2", as in from_pretrained's `attn_implementation`.
         seed: of the weights; the same seed gives the same model.
         config: values on top of the patch's `tiny`.
 
@@ -53,8 +53,9 @@ def tiny_model(patch: Patch, implementation: str = "sdpa", *, seed: int = 0, **c
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if versions.transformers_version().release < (4, 36):
-            if implementation != "eager":
-                raise Unavailable(f"transformers {versions.transformers_version()} has eager attention only")
+            if implementation == "sdpa":
+                raise Unavailable(f"transformers {versions.transformers_version()} has no sdpa attention")
+            built._flash_attn_2_enabled = implementation == "flash_attention_2"
             return AutoModelForCausalLM.from_config(built).eval()
         try:
             return AutoModelForCausalLM.from_config(built, attn_implementation=implementation).eval()
