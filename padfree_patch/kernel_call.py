@@ -28,30 +28,36 @@ from .boundaries import batch_at_layer
 from .errors import PadfreeError
 from .masks import window_of
 from .packing import PackedSequences
+from .registry import AttentionCall, Patch
 
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 _SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax)
 
 
 @torch.compiler.disable
-def packed_attention(original: Callable[..., Any], backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def packed_attention(
+    original: Callable[..., Any], patch: Patch, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Calls an attention module's forward on a packed batch.
 
     Not traced by torch.compile: the lengths differ from batch to batch, and each would be compiled anew.
 
     Args:
         original: the forward; its `args` begin with the module, its `kwargs` hold position_ids and a packed mask.
+        patch: the architecture's.
         backend: its name, or "auto".
 
     Raises PadfreeError if no position_ids arrive or upstream's forward never comes to a kernel call that we know.
     """
     module: nn.Module = args[0]
     batch = batch_at_layer(kwargs.get("position_ids"))
-    call = _KernelCall(module, batch.sequences, window_of(kwargs["attention_mask"]), backend)
-    changed = {"attention_mask": None, "position_ids": rope.positions_for(module, batch)}
-    with rope.rotating(batch), call:
-        result = original(*args, **{**kwargs, **changed})
-    if not call.answered:
+    changed = {**kwargs, "attention_mask": None, "position_ids": rope.positions_for(module, batch)}
+    call = AttentionCall(module, batch, original, changed)
+    key_bias = None if patch.attention_call is None else patch.attention_call(call)
+    kernel = _KernelCall(module, batch.sequences, window_of(kwargs["attention_mask"]), backend, key_bias)
+    with rope.rotating(batch), kernel:
+        result = call.forward(*args, **call.arguments)
+    if not kernel.answered:
         raise PadfreeError(
             f"{type(module).__name__}.forward came to no attention kernel that padfree_patch knows "
             "(scaled_dot_product_attention, softmax between two matmuls, or flash-attn)"
@@ -97,12 +103,14 @@ _current = threading.local()
 class _KernelCall(TorchFunctionMode):
     """Answers the attention kernel inside one forward of one module."""
 
-    def __init__(self, module: nn.Module, sequences: PackedSequences, window: int, backend: str):
+    def __init__(
+        self, module: nn.Module, sequences: PackedSequences, window: int, backend: str, key_bias: Tensor | None
+    ):
         super().__init__()
         self.answered = False
         self._answering = False
         self._owner = type(module).__name__
-        self._sequences, self._window, self._backend = sequences, window, backend
+        self._sequences, self._window, self._backend, self._key_bias = sequences, window, backend, key_bias
 
     def __enter__(self) -> Any:
         _current.call = self
@@ -139,7 +147,7 @@ class _KernelCall(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         """torch's signature; `is_causal` and `enable_gqa` say nothing new: packed attention always is, always can."""
-        if attn_mask is not None:
+        if attn_mask is not None and attn_mask.numel() > 1:
             raise PadfreeError(f"{self._owner} passes a mask of its own to scaled_dot_product_attention: not supported")
         return self._attend(query, key, value, scale or query.shape[-1] ** -0.5, dropout_p)
 
@@ -177,15 +185,29 @@ class _KernelCall(TorchFunctionMode):
                 f"{self._owner}: {self._sequences} meet {q.shape[2]} queries and {k.shape[2]} keys in {q.shape[0]} rows"
             )
         self.answered = True
+        head_dim = q.shape[3]
+        if self._key_bias is not None:
+            q, k, v = _with_key_bias(q, k, v, self._key_bias)
         dtype = _autocast_dtype(q.device.type) or q.dtype
-        needs = attention.Needs(
-            device=q.device.type, dtype=dtype, head_dim=q.shape[3], window=window, dropout=dropout
-        )
+        needs = attention.Needs(device=q.device.type, dtype=dtype, head_dim=q.shape[3], window=window, dropout=dropout)
         rows = q.shape[0]
         q, k, v = (x.to(dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, heads, D)
         backend = attention.select(needs, self._backend)
         output: Tensor = backend.attend(q, k, v, self._sequences, scale=scale, window=window, dropout=dropout)
-        return output.unflatten(0, (rows, -1)).transpose(1, 2)
+        return output[..., :head_dim].unflatten(0, (rows, -1)).transpose(1, 2)
+
+
+def _with_key_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v with one more channel, in which q @ k.T adds a bias (H, B * T) to the scores of each key.
+
+    So every backend can do it, without a mask. Eight channels, because fast kernels want a multiple of that.
+    """
+    if k.shape[1] != q.shape[1]:  # the bias differs between the heads that would share a key
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    of_keys = bias.view(bias.shape[0], q.shape[0], -1, 1).transpose(0, 1).to(k.dtype)  # (B, H, T, 1)
+    q = F.pad(torch.cat([q, torch.ones_like(of_keys)], dim=3), (0, 7))
+    k = F.pad(torch.cat([k, of_keys], dim=3), (0, 7))
+    return q, k, F.pad(v, (0, 8))
 
 
 def _flash_window_surplus() -> int:
@@ -230,10 +252,10 @@ class _Scores:
 
     __rmul__ = __mul__
 
-    def __add__(self, mask: None) -> _Scores:
-        """Falcon adds its mask without asking whether there is one; that of a packed batch is None here."""
-        if mask is not None:
-            raise PadfreeError("something other than the mask is added to the attention scores of a packed batch")
+    def __add__(self, other: Tensor | None) -> _Scores:
+        """Upstream adds its mask, which a packed batch has not; or a bias on keys, which `_with_key_bias` sees to."""
+        if other is not None and other.shape[-2] > 1:
+            raise PadfreeError("something other than a bias on keys is added to the attention scores of a packed batch")
         return self
 
     def __matmul__(self, other: Tensor) -> Tensor:
@@ -243,10 +265,10 @@ class _Scores:
         return self * (1.0 / divisor if not isinstance(divisor, Tensor) else divisor)
 
     def to(self, *_: Any, **__: Any) -> _Scores:
-        """Casts mean nothing here: the backend works in the dtype of q, with the softmax in float32."""
+        """Casts and views mean nothing here: the backend works in the dtype of q, with the softmax in float32."""
         return self
 
-    type_as = float = to
+    type_as = float = view = to
 
     def after_softmax(self) -> _Scores:
         return _Scores(self.q, self.k, self.scale, self.dropout, softmaxed=True)

@@ -57,6 +57,11 @@ def window_of(mask: Tensor) -> int:
     return mask.shape[4] - 1
 
 
+def build_alibi(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answers upstream's `build_alibi_tensor`: a packed row has none, its patch gives each sequence its own."""
+    return None if any(is_packed_mask(value) for value in (*args, *kwargs.values())) else original(*args, **kwargs)
+
+
 def build_mask(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Answers a call of one of upstream's builders: for a packed row with the window, else as upstream does."""
     if not any(is_packed_mask(value) for value in (*args, *kwargs.values())):

@@ -28,7 +28,7 @@ from torch import nn
 from . import attention, forward, kernel_call, masks, rope, verification, versions
 from .errors import PadfreeError
 from .forward import OPT_IN
-from .registry import Patch, patch_for, pretrained_modules
+from .registry import Patch, patch_for, pretrained_modules, registry
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -64,7 +64,7 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
             for seam in plan.seams:
                 seam.install()
             for module, role in new:
-                _opt_in(module, _OptIn(backend, role, plan.seams))
+                _opt_in(module, _OptIn(plan.patch.model_type, backend, role, plan.seams))
         for opt_in in backends:
             opt_in.backend = backend
         if verify:
@@ -190,26 +190,35 @@ _installed: dict[_Seam, tuple[Any, Callable[..., Any]]] = {}
 class _OptIn:
     """Marks a module as patched. As long as one that needs a seam lives anywhere, the seam stays."""
 
-    def __init__(self, backend: str, role: str, seams: tuple[_Seam, ...]):
-        self.backend, self.role, self.seams = backend, role, seams
+    def __init__(self, model_type: str, backend: str, role: str, seams: tuple[_Seam, ...]):
+        self.model_type, self.backend, self.role, self.seams = model_type, backend, role, seams
         self.set_aside: dict[str, Any] = {}
         """What stood in the module's `__dict__` and would have gone past the patched class."""
         _opted_in.add(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _OptIn:
-        return _OptIn(self.backend, self.role, self.seams)
+        return _OptIn(*self._facts())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (self.backend, self.role, self.seams)
+        return _unpickled, self._facts()
+
+    def _facts(self) -> tuple[str, str, str, tuple[_Seam, ...]]:
+        return self.model_type, self.backend, self.role, self.seams
+
+    @property
+    def patch(self) -> Patch:
+        patch = registry().get(self.model_type)
+        assert patch is not None, "apply found it there"
+        return patch
 
 
 _opted_in: weakref.WeakSet[_OptIn] = weakref.WeakSet()
 
 
-def _unpickled(backend: str, role: str, seams: tuple[_Seam, ...]) -> _OptIn:
+def _unpickled(model_type: str, backend: str, role: str, seams: tuple[_Seam, ...]) -> _OptIn:
     """A saved module comes back patched, in another process too."""
     with _lock:
-        opt_in = _OptIn(backend, role, seams)
+        opt_in = _OptIn(model_type, backend, role, seams)
         for seam in seams:
             seam.install()
     return opt_in
@@ -273,7 +282,7 @@ def _on_attention(original: Callable[..., Any], args: tuple[Any, ...], kwargs: d
     opt_in = _opt_in_of(args[0])
     if opt_in is None:
         return original(*args, **kwargs)
-    return forward.attention_forward(original, args, kwargs, backend=opt_in.backend)
+    return forward.attention_forward(original, args, kwargs, patch=opt_in.patch, backend=opt_in.backend)
 
 
 def _on_model(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -294,6 +303,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "model": _on_model,
     "rotary": _on_rotary,
     "mask": masks.build_mask,
+    "alibi": masks.build_alibi,
     "flash attention": kernel_call.flash_attention_forward,
     "flash_attn": kernel_call.flash_attn_func,
 }
@@ -345,6 +355,8 @@ def _mask_seams(patch: Patch, decoder: nn.Module) -> set[_Seam]:
             f"{owner.__module__} has none of {', '.join(masks.BUILDER_FUNCTIONS)} and {owner.__name__} none of "
             f"{', '.join(masks.BUILDER_METHODS)}, one of which must build the attention mask",
         )
+    if "build_alibi_tensor" in namespace:
+        found.add(_Seam(owner.__module__, "build_alibi_tensor", "alibi"))
     return found
 
 
@@ -390,7 +402,8 @@ def _check_forward(patch: Patch, module: nn.Module, role: str) -> None:
     """That the module's forward takes what the patch gives it, and that a patch of its class reaches it."""
     function, name = type(module).forward, type(module).__name__
     function = getattr(function, ORIGINAL, function)
-    for wanted in ("attention_mask", "position_ids") if role != "rotary" else ("x",):
+    rotary_takes = ("query", "key") if forward.takes_keyword(function, "query") else ("x",)  # Falcon's of 4.35
+    for wanted in ("attention_mask", "position_ids") if role != "rotary" else rotary_takes:
         if not forward.takes_keyword(function, wanted):
             has = ", ".join(list(forward.signature(function).parameters)[1:])
             raise _changed(patch, f"{name}.forward has no parameter {wanted}; it has {has}")

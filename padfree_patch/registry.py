@@ -9,11 +9,24 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from .boundaries import PackedBatch
 from .errors import PadfreeError
 
 ENTRY_POINT_GROUP = "padfree_patch.patches"
+
+
+@dataclasses.dataclass
+class AttentionCall:
+    """A call of an attention module on a packed batch, about to be made."""
+
+    module: nn.Module
+    batch: PackedBatch
+    forward: Callable[..., Any]
+    """The module's own."""
+    arguments: dict[str, Any]
+    """Its keyword arguments; those that are passed by position are not among them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +45,9 @@ class Patch:
     """Config values of a model small enough for a test, on top of `padfree_patch.testing.TINY`."""
     refusal: Callable[[Any], str | None] | None = None
     """Says of a config why its model can't be patched, or None if it can."""
+    attention_call: Callable[[AttentionCall], Tensor | None] | None = None
+    """For attention that needs more than another kernel: called before each packed call of an attention module, which
+    it may change. Returns what is added to the scores of each key before they are scaled, (H, T), or None."""
     variants: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
     """Other configurations to test, by name: values on top of `tiny`."""
 

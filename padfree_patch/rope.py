@@ -81,6 +81,8 @@ def rotary_forward(original: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     if batch is None:
         return original(*args, **kwargs)
     call = inspect.signature(original).bind(*args, **kwargs).arguments
+    if "query" in call:
+        return _rotated(original, call, batch)
     rotary, x = call["self"], call["x"]
     lengths = list(batch.sequences.lengths)
     if "position_ids" not in _parameters(original):
@@ -105,6 +107,19 @@ def rotary_forward(original: Callable[..., Any], args: tuple[Any, ...], kwargs: 
             rotated[i] = (c, s)
     shape = (*batch.position_ids.shape, -1)
     return tuple(torch.cat([each[i] for each in rotated], dim=1).view(shape) for i in (0, 1))
+
+
+def _rotated(original: Callable[..., Any], call: dict[str, Any], batch: PackedBatch) -> tuple[Tensor, ...]:
+    """What Falcon's rotary of 4.35 gives: query and key, (B * heads, T, D) each, rotated sequence by sequence."""
+    rotary, rows = call["self"], batch.position_ids.shape[0]
+    lengths = list(batch.sequences.lengths)
+    by_row = [x.unflatten(0, (rows, -1)).transpose(0, 1) for x in (call["query"], call["key"])]  # (heads, B, T, D) each
+    pieces = zip(
+        *(x.flatten(1, 2).split(lengths, dim=1) for x in by_row), batch.positions_from_zero.reshape(-1).split(lengths)
+    )
+    rotated = zip(*(original(_fresh(rotary, q.device), q, k, 0, positions.unsqueeze(0)) for q, k, positions in pieces))
+    joined = (torch.cat(each, dim=1).unflatten(1, (rows, -1)) for each in rotated)
+    return tuple(x.transpose(0, 1).flatten(0, 1) for x in joined)
 
 
 def _fresh(rotary: nn.Module, device: torch.device) -> nn.Module:

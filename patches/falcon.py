@@ -1,34 +1,64 @@
-"""Falcon with rotary: three head layouts, old and new decoder, parallel or serial.
+"""Falcon: rotary or ALiBi, three head layouts, old and new decoder, parallel or serial.
 
-Needs nothing of its own. It adds its mask to eager's scores unasked (`kernel_call._Scores.__add__`). Falcon with ALiBi
-is refused: its bias is part of a mask of T x T.
+Two things need more than another kernel, both in `attention_call`:
 
-Read against models/falcon/modeling_falcon.py of transformers 4.35.2, 4.36.2, 4.41.2, 4.47.1, 4.57.6 and 5.23.0.
+- ALiBi is a bias on keys by their position in the row, rounded to bfloat16; upstream's own function makes it here for
+  each sequence from 0 on. Models loaded as eager add it twice since 4.45 (once to the scores, once in the mask), and so
+  does the packed row. FalconFlashAttention2 refuses ALiBi; eager's forward serves its packed rows instead.
+- In 4.34 the attention can't do without a mask.
+
+Read against models/falcon/modeling_falcon.py of transformers 4.34.1, 4.35.2, 4.36.2, 4.41.2, 4.44.2, 4.45.2, 4.47.1,
+4.57.6 and 5.23.0.
 """
 
+from __future__ import annotations
+
+import sys
 from typing import Any
 
-from padfree_patch.registry import Patch
+import torch
+from torch import Tensor
+
+from padfree_patch import versions
+from padfree_patch.registry import AttentionCall, Patch
 
 
-def refusal(config: Any) -> str | None:
-    """Why a Falcon of this configuration can't be patched, or None."""
-    if config.alibi:
-        return "its ALiBi bias is part of a T x T mask, in bfloat16, which no backend here takes; rotary Falcons work"
-    return None
+def attention_call(call: AttentionCall) -> Tensor | None:
+    """Prepares a packed call of FalconAttention; returns ALiBi as a bias on keys, (H, T), or None."""
+    attention: Any = call.module
+    device = call.batch.position_ids.device
+    eager = next(base for base in type(attention).__mro__ if base.__name__ == "FalconAttention")
+    if versions.inside(versions.transformers_version(), "<4.35") and type(attention) is eager:
+        call.arguments["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)  # True is masked
+    if not attention.config.alibi:
+        return None
+    if type(attention).__name__ == "FalconFlashAttention2":
+        call.forward = eager.forward
+    longest = torch.ones(1, call.batch.sequences.max_seqlen, dtype=torch.long, device=device)
+    build: Any = sys.modules[eager.__module__].build_alibi_tensor  # type: ignore[attr-defined]
+    table = build(longest, attention.num_heads, dtype=torch.float32)  # (H, 1, longest)
+    alibi: Tensor = table.squeeze(1)[:, call.batch.positions_from_zero.reshape(-1)]
+    rows = call.batch.position_ids.shape[0]
+    call.arguments["alibi"] = alibi.view(len(alibi), rows, -1).transpose(0, 1)  # (B, H, T): takes upstream's ALiBi path
+    implementation = getattr(attention.config, "_attn_implementation", "eager")
+    twice = implementation == "eager" and versions.inside(versions.transformers_version(), ">=4.45")
+    return alibi * 2 if twice else alibi
 
 
 PATCH = Patch(
     model_type="falcon",
     attention="FalconAttention",
     decoder="FalconModel",
-    transformers=">=4.35,<5.24",
+    transformers=">=4.34,<5.24",
     tiny={"num_kv_heads": 2, "new_decoder_architecture": True},
-    refusal=refusal,
+    attention_call=attention_call,
     variants={
         "one key head": {"new_decoder_architecture": False, "multi_query": True},
         "all key heads": {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 6},
         "serial": {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": False},
+        "biases": {"bias": True},
         "dynamic rope": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8},
+        "alibi": {"alibi": True},
+        "alibi, one key head": {"alibi": True, "new_decoder_architecture": False, "multi_query": True},
     },
 )

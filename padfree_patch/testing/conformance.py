@@ -141,15 +141,20 @@ def checkpointing(*, reentrant: bool) -> Callable[[Any], None]:
     return switch_on
 
 
+def as_batch(tokens: Tensor) -> dict[str, Tensor]:
+    """An example as a batch of its own, as padding would make it: Falcon's ALiBi is causal on sdpa only with a mask."""
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
 def logits_alone(make: Make, sequences: Sequence[Tensor]) -> Tensor:
     """(1, T, V): each example through an unpatched model of its own, which no other example has left traces in."""
 
     def run(tokens: Tensor) -> Tensor:
         try:
-            return make()(input_ids=tokens).logits
+            return make()(**as_batch(tokens)).logits
         except TypeError:  # Falcon 4.36 to 4.44 can't run one token alone; what follows it can't change its logits
             assert tokens.shape[1] == 1
-            return make()(input_ids=tokens.repeat(1, 2)).logits[:, :1]
+            return make()(**as_batch(tokens.repeat(1, 2))).logits[:, :1]
 
     with torch.no_grad():
         return torch.cat([run(each) for each in sequences], dim=1)
@@ -164,7 +169,7 @@ def alone_loss_and_gradients(make: Make, sequences: Sequence[Tensor]) -> tuple[f
         if each.shape[1] == 1:
             continue  # nothing to predict, and upstream's mean over no tokens is NaN
         model = make().train()
-        weighted = model(input_ids=each, labels=each).loss * (each.shape[1] - 1) / predicted
+        weighted = model(**as_batch(each), labels=each).loss * (each.shape[1] - 1) / predicted
         weighted.backward()
         loss += weighted.item()
         for name, parameter in model.named_parameters():
@@ -210,9 +215,7 @@ def ordinary_results(model: Any) -> dict[str, Any]:
     calls: dict[str, Callable[[], Tensor]] = {
         "no cache": lambda: model(input_ids=long, use_cache=False).logits,
         "positions": lambda: model(input_ids=long, position_ids=torch.arange(10).unsqueeze(0)).logits,
-        "padded right": lambda: (
-            model(input_ids=right, attention_mask=right_mask, labels=right, use_cache=False).logits
-        ),
+        "padded right": lambda: model(input_ids=right, attention_mask=right_mask, labels=right, use_cache=False).logits,
         "padded right, cached": lambda: model(input_ids=right, attention_mask=right_mask).logits,
         "padded left": lambda: model(**padded_left).logits,
         "cache": continued,
