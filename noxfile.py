@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -82,29 +83,43 @@ LAST_PATCHES = [
     "5.10.4", "5.11.0", "5.12.1", "5.13.1", "5.14.1", "5.15.1", "5.16.1", "5.17.0", "5.18.0", "5.19.0", "5.20.2",
     "5.21.1", "5.22.2", "5.23.0",
 ]
-# fmt: on
 """The last patch release of every transformers minor."""
+
+ENDS_OF_ERAS = [
+    "4.34.1", "4.35.2", "4.36.2", "4.37.2", "4.38.2", "4.42.4", "4.43.4", "4.47.1", "4.48.3", "4.52.4", "4.53.3",
+    "5.0.0", "5.10.4", "5.23.0",
+]
+# fmt: on
+"""Where transformers changed how attention is reached: the first and the last version of each way."""
 
 
 @nox.session(venv_backend="none")
 def matrix(session: nox.Session) -> None:
-    """Every patch, variant and implementation on every minor, two versions at a time; writes docs/support.md."""
-    chosen = session.posargs or LAST_PATCHES
-    folder = Path(".nox", "matrix").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    """Every patch, variant and implementation on every minor, two versions at a time; writes docs/support.md.
 
+    With "ends", on the first and last version of each era only, and compared with docs/support.json; or on the versions
+    given.
+    """
+    ends = session.posargs == ["ends"]
+    chosen = ENDS_OF_ERAS if ends else session.posargs or LAST_PATCHES
+    folder = Path(".nox", "matrix").resolve()
+    shutil.rmtree(folder / "verdicts", ignore_errors=True)
+    (folder / "verdicts").mkdir(parents=True)
     uv = str(Path(sys.executable).with_name("uv"))  # beside nox, which need not be on PATH
+    session.run(uv, "build", "--quiet", "--wheel", "--out-dir", str(folder), external=True)
+    (wheel,) = folder.glob("*.whl")
 
     def run(version: str) -> subprocess.CompletedProcess[str]:
         python = str(folder / version / "bin" / "python")
-        packages = [TORCH, f"transformers=={version}", "numpy<2" if version.startswith("4") else "numpy", "-e", "."]
+        packages = [TORCH, f"transformers=={version}", "numpy<2" if version.startswith("4") else "numpy", str(wheel)]
         steps = [
             [uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder / version)],
             [uv, "pip", "install", "--quiet", "--python", python, *packages],
-            [python, "tests/matrix.py", str(folder / f"{version}.json")],
+            [python, "tests/matrix.py", str(folder / "verdicts" / f"{version}.json")],
         ]
+        environment = {**os.environ, "PYTHONPATH": "tests/stand_ins", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         for step in steps:
-            done = subprocess.run(step, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            done = subprocess.run(step, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
             if done.returncode:
                 break
         return done
@@ -113,7 +128,8 @@ def matrix(session: nox.Session) -> None:
         outcomes = list(pool.map(run, chosen))
     for version, outcome in zip(chosen, outcomes):
         session.log(f"{version}: {outcome.stdout.strip()}")
-    session.run(str(folder / chosen[0] / "bin" / "python"), "tests/matrix.py", "--merge", str(folder))
+    python = str(folder / chosen[0] / "bin" / "python")
+    session.run(python, "tests/matrix.py", "--compare" if ends else "--merge", str(folder / "verdicts"), external=True)
     if any(outcome.returncode for outcome in outcomes):
         session.error("not every version passed")
 

@@ -13,7 +13,7 @@ try:
 except ImportError as error:  # an extra, so that training machines need not have it
     raise SystemExit("padfree-patch needs click: pip install 'padfree_patch[cli]'") from error
 
-from . import support, versions
+from . import patching, support, versions
 from .errors import PadfreeError
 from .registry import registry
 
@@ -81,16 +81,17 @@ def list_patches(as_json: bool) -> None:
         {
             "model_type": patch.model_type,
             "tested": patch.transformers,
-            **{name: support.status(version, patch.model_type, name) for name in ("eager", "sdpa")},
+            **{name: support.status(version, patch.model_type, name) for name in patching.IMPLEMENTATIONS},
         }
         for patch in registry().patches()
     ]
     if as_json:
         click.echo(json.dumps({"transformers": version, "patches": rows}))
         return
-    click.echo(f"{'':12} {'transformers':14} on {version}: eager, sdpa")
+    click.echo(f"{'':12} {'transformers':14} on {version}: {', '.join(patching.IMPLEMENTATIONS)}")
     for row in rows:
-        click.echo(f"{row['model_type']:12} {row['tested']:14} {row['eager']}, {row['sdpa']}")
+        words = ", ".join(row[name] for name in patching.IMPLEMENTATIONS)
+        click.echo(f"{row['model_type']:12} {row['tested']:14} {words}")
 
 
 def _load(model: str, tiny: bool, attn: str) -> Any:

@@ -81,7 +81,7 @@ def _prepared(
         return call, None
     _check_packed_call(module, call, is_decoder)
     call["position_ids"] = batch.position_ids
-    call["attention_mask"] = packed_mask() if is_decoder else None
+    call["attention_mask"] = packed_mask() if is_decoder else _without_segments(call.get("attention_mask"))
     # A cache of a packed row would be one of several texts at once: nothing could be generated from it.
     call.pop("past_key_values", None)
     if takes_keyword(original, "use_cache"):
@@ -120,6 +120,16 @@ def _read(module: nn.Module, call: dict[str, Any], lengths: dict[str, Any]) -> P
             "pass no past_key_values with packed examples, or no restarting positions with a cache"
         )
     return batch
+
+
+def _without_segments(mask: Any) -> Tensor | None:
+    """What a head may do with a mask, now that the boundaries are known: tell real tokens from padding.
+
+    The auxiliary loss of a mixture of experts is over the real ones.
+    """
+    if not isinstance(mask, Tensor):
+        return None
+    return mask if mask.dtype == torch.bool else (mask != 0).to(mask.dtype)
 
 
 def _cached_tokens(cache: Any) -> int:

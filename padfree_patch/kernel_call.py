@@ -131,6 +131,8 @@ class _KernelCall(TorchFunctionMode):
         if func in _MATMULS and not kwargs and all(isinstance(x, Tensor) and x.dim() == 4 for x in args):
             q, k_transposed = args
             return _Scores(q, k_transposed.transpose(2, 3))
+        if func is Tensor.max and len(args) == 1 and args[0].dtype == torch.int64:
+            return _Maximum(self._sequences.max_seqlen - 1)
         if any(isinstance(x, _Scores) for x in args) or any(isinstance(x, _Scores) for x in kwargs.values()):
             return self._on_scores(func, args, kwargs)
         return func(*args, **kwargs)
@@ -226,6 +228,16 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
         return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     except (AttributeError, TypeError):  # before torch 2.4
         return torch.get_autocast_gpu_dtype() if device_type == "cuda" and torch.is_autocast_enabled() else None
+
+
+class _Maximum(int):
+    """What classes for flash-attn before 4.48 ask in every layer, `position_ids[:, -1].max().item()`, without a sync.
+
+    They make rotary tables of that many rows, or of as many as there are tokens, whichever is more.
+    """
+
+    def item(self) -> int:
+        return int(self)
 
 
 class _Scores:

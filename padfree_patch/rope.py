@@ -10,6 +10,7 @@ tables by position_ids; later ones take the position_ids themselves.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import threading
@@ -22,14 +23,13 @@ from torch import Tensor, nn
 
 from .boundaries import PackedBatch
 
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
-
 
 def depends_on_length(module: nn.Module) -> bool:
     """Whether a module is a rotary that computes other frequencies for a longer sequence."""
     name = type(module).__name__
     kind = f"{name} {getattr(module, 'rope_type', '')}".lower()
-    return "RotaryEmbedding" in name and any(each in kind for each in _LENGTH_DEPENDENT)
+    by_length = "dynamic" in kind or "longrope" in kind or hasattr(module, "long_factor")  # Phi-3's su and yarn
+    return "RotaryEmbedding" in name and by_length
 
 
 def positions_for(attention: nn.Module, batch: PackedBatch) -> Tensor:
@@ -101,7 +101,8 @@ def rotary_forward(original: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     for length in set(longest):
         members = [i for i, each in enumerate(longest) if each == length]
         positions = torch.cat([pieces[i] for i in members]).unsqueeze(0)
-        cos, sin = original(_fresh(rotary, x.device), x, positions)  # (1, tokens, D) each
+        known = {"seq_len": length} if "seq_len" in _parameters(original) else {}  # or it would ask the device
+        cos, sin = original(_fresh(rotary, x.device), x, positions, **known)  # (1, tokens, D) each
         sizes = [lengths[i] for i in members]
         for i, c, s in zip(members, cos.split(sizes, dim=1), sin.split(sizes, dim=1)):
             rotated[i] = (c, s)
@@ -124,6 +125,8 @@ def _rotated(original: Callable[..., Any], call: dict[str, Any], batch: PackedBa
 
 def _fresh(rotary: nn.Module, device: torch.device) -> nn.Module:
     """A rotary as it was before its first call: upstream's keep what the longest sequence so far made of them."""
+    if hasattr(rotary, "long_factor"):  # Phi-3's of 4.41 to 4.47 compute all anew on each call
+        return copy.copy(rotary)
     names = [name for name in _parameters(type(rotary).__init__) if name not in ("self", "device")]
     built: nn.Module = type(rotary)(**{name: getattr(rotary, name) for name in names if hasattr(rotary, name)})
     buffers = [buffer.dtype for buffer in rotary.buffers() if buffer.is_floating_point()]
@@ -137,6 +140,7 @@ def _unscaled_length(rotary: nn.Module) -> int:
     known = (
         getattr(rotary, "original_max_seq_len", None),
         getattr(rotary, "max_position_embeddings", None),
+        getattr(rotary, "original_max_position_embeddings", None),
         getattr(config, "original_max_position_embeddings", None),
         scaling.get("original_max_position_embeddings"),
     )

@@ -168,8 +168,12 @@ class _Probe:
     def logits(self, embeds: Tensor, **options: Any) -> Tensor:
         with rope.as_new(self.model):  # or the longest sequence so far would decide how the others are rotated
             output = self.model(inputs_embeds=embeds, **options)
-        first: Tensor = output[0] if isinstance(output, tuple) else next(iter(output.values()))
-        return first
+        if isinstance(output, tuple):
+            first: Tensor = output[0]
+            return first
+        # By name: a mixture of experts that gives its router's loss gives it before the logits.
+        named: Tensor = output["logits"] if "logits" in output else next(iter(output.values()))
+        return named
 
     def alone(self, embeds: Tensor) -> Tensor:
         """As in a padded batch, so with a mask: Falcon's ALiBi on sdpa is not causal without one (4.36 to 4.38)."""
@@ -177,7 +181,7 @@ class _Probe:
 
     @torch.no_grad()
     def alone_refused(self) -> str | None:
-        """Why upstream can't run an example alone: Falcon with ALiBi, loaded as flash_attention_2, refuses every call."""
+        """Why upstream can't run an example alone, as Falcon with ALiBi when loaded as flash_attention_2."""
         try:
             self.alone(self.b)
         except Exception as error:

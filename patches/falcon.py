@@ -27,7 +27,7 @@ def attention_call(call: AttentionCall) -> Tensor | None:
     """Prepares a packed call of FalconAttention; returns ALiBi as a bias on keys, (H, T), or None."""
     attention: Any = call.module
     device = call.batch.position_ids.device
-    eager = next(base for base in type(attention).__mro__ if base.__name__ == "FalconAttention")
+    eager: Any = next(base for base in type(attention).__mro__ if base.__name__ == "FalconAttention")
     if versions.inside(versions.transformers_version(), "<4.35") and type(attention) is eager:
         call.arguments["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)  # True is masked
     if not attention.config.alibi:
@@ -35,7 +35,7 @@ def attention_call(call: AttentionCall) -> Tensor | None:
     if type(attention).__name__ == "FalconFlashAttention2":
         call.forward = eager.forward
     longest = torch.ones(1, call.batch.sequences.max_seqlen, dtype=torch.long, device=device)
-    build: Any = sys.modules[eager.__module__].build_alibi_tensor  # type: ignore[attr-defined]
+    build: Any = sys.modules[eager.__module__].build_alibi_tensor
     table = build(longest, attention.num_heads, dtype=torch.float32)  # (H, 1, longest)
     alibi: Tensor = table.squeeze(1)[:, call.batch.positions_from_zero.reshape(-1)]
     rows = call.batch.position_ids.shape[0]

@@ -13,5 +13,5 @@ PATCH = Patch(
     decoder="GemmaModel",
     transformers=">=4.38,<5.24",
     tiny={"head_dim": 16},
-    variants={"one key head": {"num_key_value_heads": 1}},
+    variants={"one key head": {"num_key_value_heads": 1}, "biases": {"attention_bias": True}},
 )

@@ -13,5 +13,8 @@ PATCH = Patch(
     decoder="GraniteModel",
     transformers=">=4.45,<5.24",
     tiny={"attention_multiplier": 0.3, "residual_multiplier": 0.7, "embedding_multiplier": 2.0, "logits_scaling": 1.5},
-    variants={"dynamic rope": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8}},
+    variants={
+        "biases": {"attention_bias": True},
+        "dynamic rope": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8},
+    },
 )

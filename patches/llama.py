@@ -15,8 +15,31 @@ PATCH = Patch(
     transformers=">=4.34,<5.24",
     variants={
         "all key heads": {"num_key_value_heads": 6},
+        "one key head": {"num_key_value_heads": 1},
+        "odd head size": {"hidden_size": 60},
         "biases": {"attention_bias": True},
+        "sliced weights": {"pretraining_tp": 2, "vocab_size": 98},
         "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
         "dynamic rope": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8},
+        "yarn rope": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 16},
+        "llama3 rope": {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+        "longrope": {
+            "rope_scaling": {
+                "rope_type": "longrope",
+                "factor": 4.0,
+                "short_factor": [1.0, 1.0, 1.5, 2.0],
+                "long_factor": [1.0, 2.0, 3.0, 4.0],
+                "original_max_position_embeddings": 8,
+            },
+            "max_position_embeddings": 32,
+        },
     },
 )

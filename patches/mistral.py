@@ -18,5 +18,6 @@ PATCH = Patch(
         "window": {"sliding_window": 4},
         "no window": {"sliding_window": None},
         "one key head": {"num_key_value_heads": 1},
+        "head size of its own": {"head_dim": 16},
     },
 )

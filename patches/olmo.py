@@ -14,6 +14,7 @@ PATCH = Patch(
     transformers=">=4.40,<5.24",
     variants={
         "clipped": {"clip_qkv": 0.05},
+        "one key head": {"num_key_value_heads": 1},
         "dynamic rope": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8},
     },
 )

@@ -15,6 +15,7 @@ PATCH = Patch(
     tiny={"resid_pdrop": 0.0},
     variants={
         "all key heads": {"num_key_value_heads": 6},
+        "rotary on all of a head": {"partial_rotary_factor": 1.0},
         "norms of q and k": {"qk_layernorm": True},
         "dynamic rope": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8},
     },

@@ -5,7 +5,16 @@ Needs nothing of its own: `padfree_patch.rope` gives every sequence the factors 
 Read against models/phi3/modeling_phi3.py of transformers 4.41.2, 4.43.4, 4.47.1, 4.57.6 and 5.23.0.
 """
 
+from typing import Any
+
 from padfree_patch.registry import Patch
+
+
+def _two_ropes(kind: str) -> dict[str, Any]:
+    """A config whose examples of more than eight tokens are rotated by other factors; every kind is longrope now."""
+    factors = {"short_factor": [1.0, 1.0, 1.5, 2.0], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+    return {"rope_scaling": {"type": kind, **factors}, "original_max_position_embeddings": 8}
+
 
 PATCH = Patch(
     model_type="phi3",
@@ -13,5 +22,11 @@ PATCH = Patch(
     decoder="Phi3Model",
     transformers=">=4.41,<5.24",
     tiny={"resid_pdrop": 0.0},
-    variants={"window": {"sliding_window": 4}},
+    variants={
+        "window": {"sliding_window": 4},
+        "one key head": {"num_key_value_heads": 1},
+        "rotary on half a head": {"partial_rotary_factor": 0.5},
+        "su rope": _two_ropes("su"),
+        "yarn rope": _two_ropes("yarn"),
+    },
 )

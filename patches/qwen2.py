@@ -16,6 +16,7 @@ PATCH = Patch(
     variants={
         "window on all layers": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
         "window on some layers": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+        "one key head": {"num_key_value_heads": 1},
         "window switched off": {"use_sliding_window": False, "sliding_window": 4},
         "dynamic rope": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8},
     },

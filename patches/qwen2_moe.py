@@ -18,5 +18,8 @@ PATCH = Patch(
         "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 32,
     },
-    variants={"window on some layers": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}},
+    variants={
+        "window on some layers": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+        "dense layers between": {"decoder_sparse_step": 2},
+    },
 )

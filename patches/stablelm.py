@@ -15,6 +15,8 @@ PATCH = Patch(
     variants={
         "norms of q and k": {"qk_layernorm": True},
         "parallel": {"use_parallel_residual": True},
+        "biases": {"use_qkv_bias": True},
+        "one key head": {"num_key_value_heads": 1},
         "dynamic rope": {
             "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
             "max_position_embeddings": 8,

@@ -13,5 +13,9 @@ PATCH = Patch(
     decoder="Starcoder2Model",
     transformers=">=4.39,<5.24",
     tiny={"residual_dropout": 0.0, "embedding_dropout": 0.0},
-    variants={"window": {"sliding_window": 4}},
+    variants={
+        "window": {"sliding_window": 4},
+        "no biases": {"use_bias": False},
+        "one key head": {"num_key_value_heads": 1},
+    },
 )

@@ -8,7 +8,7 @@ from conftest import PATCHES, skip_if_unavailable
 
 import padfree_patch.versions
 from padfree_patch import applied
-from padfree_patch.testing import CHECKS, conformance, examples, pack, tiny_model
+from padfree_patch.testing import CHECKS, conformance, examples, pack, pad, tiny_model
 
 TRANSFORMERS = padfree_patch.versions.transformers_version().release
 VARIANTS = [(patch, name) for patch in PATCHES for name in ("default", *patch.variants)]
@@ -41,14 +41,8 @@ def test_gradients_survive_checkpointing(make, reentrant):
 
 def test_loss_is_the_padded_batchs(make):
     sequences = examples((5, 9, 1, 12))
-    padded = torch.zeros(4, 12, dtype=torch.int64)
-    mask, labels = torch.zeros_like(padded), torch.full_like(padded, -100)
-    for row, each in enumerate(sequences):
-        length = each.shape[1]
-        padded[row, :length] = labels[row, :length] = each
-        mask[row, :length] = 1
     with torch.no_grad():
-        expected = make()(input_ids=padded, attention_mask=mask, labels=labels).loss
+        expected = make()(**pad(sequences)).loss
         with applied(make()) as model:
             batch = pack(sequences)
             torch.testing.assert_close(model(**batch, labels=batch["input_ids"]).loss, expected)

@@ -9,6 +9,6 @@ A third party's patch is tested by the same checks as ours:
 
 from .conformance import CHECKS
 from .counters import LargestTensor, SyncCounter
-from .models import TINY, Unavailable, examples, pack, tiny_model
+from .models import TINY, Unavailable, examples, pack, pad, tiny_model
 
-__all__ = ["CHECKS", "TINY", "LargestTensor", "SyncCounter", "Unavailable", "examples", "pack", "tiny_model"]
+__all__ = ["CHECKS", "TINY", "LargestTensor", "SyncCounter", "Unavailable", "examples", "pack", "pad", "tiny_model"]

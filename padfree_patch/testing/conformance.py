@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import rope, versions
+from ..packing import PackedSequences
 from ..patching import applied
 from ..verification import rounding_of_neighbours
-from .models import examples, pack
+from .counters import LargestTensor, SyncCounter
+from .models import examples, pack, pad
 
 Make = Callable[[], Any]
 
@@ -116,12 +120,80 @@ def check_ordinary_calls(make: Make, *, patched: bool = True) -> None:
     _assert_identical(ordinary_results(restored), before)
 
 
+def check_cost(make: Make, *, patched: bool = True) -> None:
+    """Boundaries cost one device sync per forward and none with lengths; nothing of tokens x tokens is ever made.
+
+    Syncs that upstream has in an ordinary call, unpatched, are not counted.
+    """
+    batch = pack(examples(LENGTHS))
+    with_lengths = {**batch, "packed_sequences": PackedSequences.from_lengths(LENGTHS)} if patched else batch
+    tokens = 1024
+    long = pack(examples([tokens // 8] * 8))
+    with torch.no_grad(), _maybe_applied(make(), patched) as model:
+        upstreams, ours = _allowed_syncs(model, syncs_of(make(), {"input_ids": batch["input_ids"]}))
+        model(**batch)  # what is measured once per process, such as windows, is measured
+        for call, allowed in ((batch, upstreams + ours), (with_lengths, upstreams + ours - 1)):
+            found = syncs_of(model, call)
+            assert found <= allowed, f"{found} syncs, allowed are {allowed}, of which {upstreams} are upstream's"
+        with LargestTensor() as largest_tensor:
+            model(**long)
+    assert largest_tensor.elements < tokens**2 / 3, f"{largest_tensor.operator} made {largest_tensor.shape}"
+
+
+def _allowed_syncs(model: Any, upstreams: int) -> tuple[int, int]:
+    """Of upstream's own and of ours, for a batch of `LENGTHS`."""
+    if any(rope.depends_on_length(module) for module in model.modules()):
+        # Such a rotary asks the device for a length itself: here for each length beyond the unscaled one and once for
+        # all others, after one read of where the positions end.
+        return (1 + len({length for length in LENGTHS if length > 8})) * upstreams, 2
+    running = versions.transformers_version()
+    on_flash = getattr(model.config, "_attn_implementation", None) == "flash_attention_2"
+    if versions.inside(running, "<4.36") or (on_flash and versions.inside(running, "<4.42")):
+        return upstreams, 2  # `0 in attention_mask`: of a tensor on the CPU, so no sync, but the counter can't tell
+    return upstreams, 1
+
+
+def syncs_of(model: Any, batch: dict[str, Any]) -> int:
+    """What a call of the model would wait for the device."""
+    with SyncCounter() as syncs:
+        model(**batch)
+    return syncs.total
+
+
+def check_router_losses(make: Make, *, patched: bool = True) -> None:
+    """A mixture of experts: router logits are those of each example alone, the auxiliary loss the padded batch's.
+
+    Also with padding at the end of the packed row, which a mask tells.
+    """
+    sequences = examples(LENGTHS)
+    batch, padding = pack(sequences), torch.zeros(1, 4, dtype=torch.int64)
+    with_tail = pack([*sequences, padding])
+    with_tail["attention_mask"] = torch.cat([torch.ones_like(batch["input_ids"]), padding], dim=1)
+    with torch.no_grad(), _maybe_applied(make(), patched) as model:
+        alone = [make()(**as_batch(each), output_router_logits=True).router_logits for each in sequences]
+        padded = make()(**pad(sequences), output_router_logits=True, use_cache=False)
+        packed = model(**batch, output_router_logits=True)
+        tailed = model(**with_tail, output_router_logits=True)
+    expected = [torch.cat([layer.flatten(0, -2) for layer in layers]) for layers in zip(*alone)]
+    for found, wanted in zip(packed.router_logits, expected):
+        error = largest(found.flatten(0, -2) - wanted) / largest(wanted)
+        assert error < LOGIT_TOLERANCE, f"router logits are off by {error:.2e} of the largest"
+    balance: Any = sys.modules[type(model).__module__].load_balancing_loss_func
+    knows_padding = "attention_mask" in inspect.signature(balance).parameters  # before 4.38 it is over the padding too
+    no_mask = {"attention_mask": None} if knows_padding else {}
+    loss = balance(tuple(expected), num_experts=model.num_experts, top_k=model.num_experts_per_tok, **no_mask)
+    found_losses = [packed.aux_loss, *([padded.aux_loss, tailed.aux_loss] if knows_padding else [])]
+    for found in found_losses:
+        torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)  # products of float32 means over 27 tokens
+
+
 CHECKS = (
     check_logits,
     check_gradients,
     check_isolation,
     check_rows,
     check_two_forwards,
+    check_cost,
     check_ordinary_calls,
 )
 

@@ -44,8 +44,9 @@ def tiny_model(patch: Patch, implementation: str = "sdpa", *, seed: int = 0, **c
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = {**TINY, **patch.tiny, **config}
-    if versions.transformers_version().release < (4, 43) and (scaling := values.get("rope_scaling")):
-        values["rope_scaling"] = {"type": scaling["rope_type"], "factor": scaling["factor"]}  # as it was called then
+    scaling = values.get("rope_scaling") or {}
+    if versions.transformers_version().release < (4, 43) and "rope_type" in scaling:  # as it was called then
+        values["rope_scaling"] = {"type": scaling["rope_type"], "factor": scaling["factor"]}
     try:
         built = AutoConfig.for_model(patch.model_type, **{k: _copied(v) for k, v in values.items()})
     except (KeyError, ValueError) as error:
@@ -73,6 +74,18 @@ def pack(sequences: Sequence[Tensor]) -> dict[str, Tensor]:
     """The examples (1, length) end to end: input_ids and restarting position_ids, (1, T) each."""
     positions = [torch.arange(each.shape[1]).unsqueeze(0) for each in sequences]
     return {"input_ids": torch.cat(list(sequences), dim=1), "position_ids": torch.cat(positions, dim=1)}
+
+
+def pad(sequences: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The examples (1, length) as rows padded on the right: input_ids, attention_mask and labels, (B, longest) each."""
+    longest = max(each.shape[1] for each in sequences)
+    ids, mask = (torch.zeros(len(sequences), longest, dtype=torch.int64) for _ in range(2))
+    labels = torch.full_like(ids, -100)
+    for row, each in enumerate(sequences):
+        length = each.shape[1]
+        ids[row, :length] = labels[row, :length] = each
+        mask[row, :length] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def _copied(value: Any) -> Any:
