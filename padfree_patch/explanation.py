@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import attention, masks, patching, rope, support, verification, versions
+from . import attention, kernel_call, patching, rope, support, verification, versions
 from .errors import PadfreeError
-from .registry import Patch, patch_for, pretrained_modules
+from .registry import Patch, implementation_of, patch_for, pretrained_modules
 from .verification import Verification
 
 
@@ -84,7 +84,7 @@ def explain(model: nn.Module) -> Explanation:
         "model": type(models[0]).__name__,
         "model_type": getattr(config, "model_type", None),
         "transformers": str(versions.transformers_version()),
-        "implementation": getattr(config, "_attn_implementation", "eager"),
+        "implementation": implementation_of(config),
         "patched": patching.is_applied(model),
     }
     try:
@@ -92,7 +92,7 @@ def explain(model: nn.Module) -> Explanation:
         facts["now"] = verification.verify(model)
         with patching.applied(model, verify=False):
             facts["after"] = verification.verify(model)
-            windows = _windows(model, patch) if not facts["after"].skipped else ()
+            windows = _windows(model, patch, config) if not facts["after"].skipped else ()
             places = patching.places(model)
     except PadfreeError as error:
         return Explanation(**facts, refused=str(error))
@@ -122,21 +122,24 @@ def _verdict(result: Verification) -> str:
     )
 
 
-def _windows(model: nn.Module, patch: Patch) -> tuple[int, ...]:
-    """The window that reaches each layer's attention, from a packed forward of the patched model."""
-    seen: list[int] = []
+_SMALL_WINDOW = 4
 
-    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        seen.append(masks.window_of(kwargs["attention_mask"]))
 
+def _windows(model: nn.Module, patch: Patch, config: Any) -> tuple[int, ...]:
+    """The window that each layer's kernel is called with, in a packed forward of the patched model."""
+    configured = getattr(config, "sliding_window", None)
     attentions = [module for module in model.modules() if patch.is_attention(module)]
-    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in attentions]
+    # On flash-attn, versions before 4.43 apply a window to rows longer than it only, so to one that the probe exceeds.
+    by_row = configured and any(hasattr(module, "_flash_attention_forward") for module in attentions)
     try:
-        verification.run_packed(model)
+        if by_row:
+            config.sliding_window = _SMALL_WINDOW
+        with kernel_call.recording_windows() as seen:
+            verification.run_packed(model)
     finally:
-        for hook in hooks:
-            hook.remove()
-    return tuple(seen)
+        if by_row:
+            config.sliding_window = configured
+    return tuple(window + configured - _SMALL_WINDOW if configured and by_row and window else window for window in seen)
 
 
 def _needs(model: Any, windows: tuple[int, ...]) -> attention.Needs:
@@ -151,9 +154,7 @@ def _notes(model: nn.Module, config: Any, windows: tuple[int, ...], patch: Patch
     configured = getattr(config, "sliding_window", None)
     odd = sorted({window for window in windows if window and window != configured})
     if odd:
-        notes.append(
-            f"sliding_window is {configured}, but upstream's mask lets a query see {odd[0]} tokens; so does apply"
-        )
+        notes.append(f"sliding_window is {configured}, but upstream lets a query see {odd[0]} tokens; so does apply")
     elif configured and getattr(config, "use_sliding_window", True) and not any(windows):
         notes.append(
             f"sliding_window is {configured}, but upstream applies none with this implementation; neither does apply"
@@ -162,6 +163,8 @@ def _notes(model: nn.Module, config: Any, windows: tuple[int, ...], patch: Patch
         notes.append(
             "the rotary depends on a length: each example of a packed row is rotated by its own, not the row's"
         )
+    if patch.quirks is not None:
+        notes += patch.quirks(config)
     version = versions.transformers_version()
     if not versions.inside(version, patch.transformers):
         notes.append(f"transformers {version} is outside the tested range {patch.transformers}; rely on verify")

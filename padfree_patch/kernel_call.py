@@ -15,7 +15,8 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,7 +98,18 @@ def flash_attn_func(original: Callable[..., Any], args: tuple[Any, ...], kwargs:
 
 
 _current = threading.local()
-"""`call`: the packed call that runs in this thread."""
+"""`call`: the packed call that runs in this thread; `windows`: the list that `recording_windows` gave."""
+
+
+@contextmanager
+def recording_windows() -> Iterator[list[int]]:
+    """A list of the windows that kernels are called with from here on, in this thread: tokens seen, 0 for all."""
+    windows: list[int] = []
+    _current.windows = windows
+    try:
+        yield windows
+    finally:
+        _current.windows = None
 
 
 class _KernelCall(TorchFunctionMode):
@@ -182,6 +194,8 @@ class _KernelCall(TorchFunctionMode):
     ) -> Tensor:
         """q (B, H, T, D), k and v (B, K, T, D); returns (B, H, T, D). window: if not that of the mask."""
         window = self._window if window is None else window
+        if (windows := getattr(_current, "windows", None)) is not None:
+            windows.append(window)
         if not (q.shape[2] == k.shape[2] and q.shape[0] * q.shape[2] == self._sequences.total):
             raise PadfreeError(
                 f"{self._owner}: {self._sequences} meet {q.shape[2]} queries and {k.shape[2]} keys in {q.shape[0]} rows"

@@ -28,7 +28,7 @@ from torch import nn
 from . import attention, forward, kernel_call, masks, rope, verification, versions
 from .errors import PadfreeError
 from .forward import OPT_IN
-from .registry import Patch, patch_for, pretrained_modules, registry
+from .registry import Patch, implementation_of, patch_for, pretrained_modules, registry
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -380,8 +380,7 @@ def _check_config(patch: Patch, decoders: list[nn.Module]) -> None:
         config: Any = decoder.config
         if patch.refusal is not None and (reason := patch.refusal(config)):
             raise PadfreeError(f"{patch.model_type}: {reason}")
-        implementation = getattr(config, "_attn_implementation", "eager")
-        if implementation not in (*IMPLEMENTATIONS, None):
+        if (implementation := implementation_of(config)) not in IMPLEMENTATIONS:
             raise PadfreeError(
                 f"{patch.model_type}: loaded with attention implementation {implementation!r}; load it with one of "
                 f"{', '.join(IMPLEMENTATIONS)} (padfree_patch picks the kernel of packed batches itself)"

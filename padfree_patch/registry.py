@@ -48,6 +48,8 @@ class Patch:
     attention_call: Callable[[AttentionCall], Tensor | None] | None = None
     """For attention that needs more than another kernel: called before each packed call of an attention module, which
     it may change. Returns what is added to the scores of each key before they are scaled, (H, T), or None."""
+    quirks: Callable[[Any], list[str]] | None = None
+    """Says of a config what upstream does with its model, in the running version, that one would not expect."""
     variants: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
     """Other configurations to test, by name: values on top of `tiny`."""
 
@@ -111,6 +113,13 @@ def registry() -> Registry:
             raise PadfreeError(f"entry point {entry_point.name} = {entry_point.value} is no Patch: {patch!r}")
         found.register(patch)
     return found
+
+
+def implementation_of(config: Any) -> str:
+    """The attention implementation that a model of this config was loaded with."""
+    if getattr(config, "_flash_attn_2_enabled", False):  # before 4.36
+        return "flash_attention_2"
+    return getattr(config, "_attn_implementation", None) or "eager"
 
 
 def is_transformers_model(module: nn.Module) -> bool:

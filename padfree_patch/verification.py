@@ -176,7 +176,7 @@ class _Probe:
         return named
 
     def alone(self, embeds: Tensor) -> Tensor:
-        """As in a padded batch, so with a mask: Falcon's ALiBi on sdpa is not causal without one (4.36 to 4.38)."""
+        """As in a padded batch, so with a mask: Falcon's ALiBi on sdpa is not causal without one (4.36 to 4.39)."""
         return self.logits(embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device))
 
     @torch.no_grad()

@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 
 from padfree_patch import versions
-from padfree_patch.registry import AttentionCall, Patch
+from padfree_patch.registry import AttentionCall, Patch, implementation_of
+
+_ADDS_TWICE = ">=4.45"
+"""transformers versions whose eager attention adds ALiBi to the scores and has it in the mask too."""
 
 
 def attention_call(call: AttentionCall) -> Tensor | None:
@@ -40,9 +43,24 @@ def attention_call(call: AttentionCall) -> Tensor | None:
     alibi: Tensor = table.squeeze(1)[:, call.batch.positions_from_zero.reshape(-1)]
     rows = call.batch.position_ids.shape[0]
     call.arguments["alibi"] = alibi.view(len(alibi), rows, -1).transpose(0, 1)  # (B, H, T): takes upstream's ALiBi path
-    implementation = getattr(attention.config, "_attn_implementation", "eager")
-    twice = implementation == "eager" and versions.inside(versions.transformers_version(), ">=4.45")
+    twice = implementation_of(attention.config) == "eager" and versions.inside(
+        versions.transformers_version(), _ADDS_TWICE
+    )
     return alibi * 2 if twice else alibi
+
+
+def quirks(config: Any) -> list[str]:
+    """What upstream does with ALiBi that one would not expect."""
+    if not config.alibi:
+        return []
+    implementation, version = implementation_of(config), versions.transformers_version()
+    if implementation == "flash_attention_2":
+        return ["upstream's flash_attention_2 refuses ALiBi: only packed batches run, as they would on sdpa"]
+    if implementation == "eager" and versions.inside(version, _ADDS_TWICE):
+        return ["upstream's eager attention adds ALiBi twice in this version; so does apply (sdpa adds it once)"]
+    if implementation == "sdpa" and versions.inside(version, "<4.40"):
+        return ["without an attention_mask, upstream's sdpa is not causal in this version; the packed row always is"]
+    return []
 
 
 PATCH = Patch(
@@ -52,6 +70,7 @@ PATCH = Patch(
     transformers=">=4.34,<5.24",
     tiny={"num_kv_heads": 2, "new_decoder_architecture": True},
     attention_call=attention_call,
+    quirks=quirks,
     variants={
         "one key head": {"new_decoder_architecture": False, "multi_query": True},
         "all key heads": {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 6},

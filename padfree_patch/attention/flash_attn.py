@@ -20,14 +20,20 @@ if TYPE_CHECKING:
 
 NAME = "flash_attn"
 
+DEVICES = ("cuda",)
+"""Device types that the package's kernels run on."""
+
+DTYPES = (torch.float16, torch.bfloat16)
+"""Dtypes that they take."""
+
 
 def refusal(needs: Needs) -> str | None:
     """Why this backend can't do what is needed, or None."""
     if versions.installed("flash-attn") is None:
         return "package flash-attn is not installed (pip install flash-attn)"
-    if needs.device != "cuda":
+    if needs.device not in DEVICES:
         return f"needs tensors on cuda, found {needs.device}"
-    if needs.dtype not in (torch.float16, torch.bfloat16):
+    if needs.dtype not in DTYPES:
         return f"needs float16 or bfloat16, found {str(needs.dtype).removeprefix('torch.')}"
     if needs.head_dim > 256:
         return f"needs a head size of at most 256, found {needs.head_dim}"

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import rope, versions
 from ..packing import PackedSequences
 from ..patching import applied
+from ..registry import implementation_of
 from ..verification import rounding_of_neighbours
 from .counters import LargestTensor, SyncCounter
 from .models import examples, pack, pad
@@ -147,7 +148,7 @@ def _allowed_syncs(model: Any, upstreams: int) -> tuple[int, int]:
         # all others, after one read of where the positions end.
         return (1 + len({length for length in LENGTHS if length > 8})) * upstreams, 2
     running = versions.transformers_version()
-    on_flash = getattr(model.config, "_attn_implementation", None) == "flash_attention_2"
+    on_flash = implementation_of(model.config) == "flash_attention_2"
     if versions.inside(running, "<4.36") or (on_flash and versions.inside(running, "<4.42")):
         return upstreams, 2  # `0 in attention_mask`: of a tensor on the CPU, so no sync, but the counter can't tell
     return upstreams, 1
