@@ -14,7 +14,7 @@ import nox
 
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "wheel", "tests"]
+nox.options.sessions = ["lint", "wheel", "tests", "eras"]
 
 # uv does not read pip's PIP_FIND_LINKS; pip separates places by spaces, uv by commas.
 if places := os.environ.get("PIP_FIND_LINKS"):
@@ -73,6 +73,35 @@ def tests(session: nox.Session, transformers: str) -> None:
     # Two processes of one thread each: the models are too small for torch to fill two cores with one.
     one_thread_offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     session.run("pytest", "-n2", f"--junitxml={report}", *session.posargs, env=one_thread_offline)
+    if not session.posargs:  # a process of its own, in which transformers finds flash-attn, or what stands in for it
+        stand_in = {**one_thread_offline, "PYTHONPATH": "tests/stand_ins"}
+        report = report.with_name("junit-flash_attention_2.xml")
+        session.run("pytest", "-n2", f"--junitxml={report}", "tests/flash_attention_2_checks.py", env=stand_in)
+
+
+FLASH_ATTN_ON_CPU = {
+    "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE",
+    "FLASH_ATTENTION_FORCE_BUILD": "TRUE",
+    "FLASH_ATTENTION_TRITON_AMD_ENABLE": "TRUE",
+    "TRITON_INTERPRET": "1",
+}
+"""flash-attn's own Triton kernels instead of its CUDA ones, interpreted on the CPU."""
+
+
+@nox.session
+@nox.parametrize(
+    "transformers",
+    [nox.param(version, id=version) for version in ("4.35.2", "4.42.4", "4.47.1", "4.52.4", "5.0.0", "5.23.0")],
+)
+def flash_attn(session: nox.Session, transformers: str) -> None:
+    """Models and backend on the real flash-attn package, without a GPU; one version of each era."""
+    # Triton 3.9's autotuner rejects a name in these kernels, and its interpreter of 3.3 needs numpy 1.
+    session.install("-e", ".[test]", TORCH, f"transformers=={transformers}", "numpy<2", "triton==3.3.1", "einops")
+    session.install("packaging", "ninja", "wheel", "setuptools", "psutil")
+    session.install("--no-build-isolation", "flash-attn==2.8.3", env=FLASH_ATTN_ON_CPU)
+    environment = {**FLASH_ATTN_ON_CPU, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    arguments = session.posargs or ["-n2", "-W", "default"]  # Triton's and numpy's own warnings
+    session.run("pytest", "tests/flash_attn_checks.py", *arguments, env=environment)
 
 
 # fmt: off
@@ -95,13 +124,18 @@ ENDS_OF_ERAS = [
 
 @nox.session(venv_backend="none")
 def matrix(session: nox.Session) -> None:
-    """Every patch, variant and implementation on every minor, two versions at a time; writes docs/support.md.
+    """Every patch, variant and implementation on every minor, or on the versions given; writes docs/support.md."""
+    _matrix(session, session.posargs or LAST_PATCHES, "--merge")
 
-    With "ends", on the first and last version of each era only, and compared with docs/support.json; or on the versions
-    given.
-    """
-    ends = session.posargs == ["ends"]
-    chosen = ENDS_OF_ERAS if ends else session.posargs or LAST_PATCHES
+
+@nox.session(venv_backend="none")
+def eras(session: nox.Session) -> None:
+    """The matrix on the first and last version of each era, compared with docs/support.json."""
+    _matrix(session, ENDS_OF_ERAS, "--compare")
+
+
+def _matrix(session: nox.Session, chosen: list[str], what_then: str) -> None:
+    """Runs tests/matrix.py on the built wheel, two versions at a time, each in an environment of its own."""
     folder = Path(".nox", "matrix").resolve()
     shutil.rmtree(folder / "verdicts", ignore_errors=True)
     (folder / "verdicts").mkdir(parents=True)
@@ -129,7 +163,7 @@ def matrix(session: nox.Session) -> None:
     for version, outcome in zip(chosen, outcomes):
         session.log(f"{version}: {outcome.stdout.strip()}")
     python = str(folder / chosen[0] / "bin" / "python")
-    session.run(python, "tests/matrix.py", "--compare" if ends else "--merge", str(folder / "verdicts"), external=True)
+    session.run(python, "tests/matrix.py", what_then, str(folder / "verdicts"), external=True)
     if any(outcome.returncode for outcome in outcomes):
         session.error("not every version passed")
 

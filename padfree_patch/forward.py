@@ -13,23 +13,13 @@ from torch import Tensor, nn
 from . import rope
 from .boundaries import LENGTH_ARGUMENTS, PackedBatch, read_batch
 from .errors import PadfreeError
-from .kernel_call import packed_attention
 from .masks import is_packed_mask, packed_mask
-from .registry import Patch, is_transformers_model
+from .registry import is_transformers_model
 
 IGNORED_LABEL = -100
 
 OPT_IN = "_padfree_patch"
 """Attribute by which a module is known as patched (`padfree_patch.patching`)."""
-
-
-def attention_forward(
-    original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, patch: Patch, backend: str
-) -> Any:
-    """Answers an attention module's forward: its own, or for a packed batch its own with another kernel."""
-    if is_packed_mask(kwargs.get("attention_mask")):
-        return packed_attention(original, patch, backend, args, kwargs)
-    return original(*args, **kwargs)
 
 
 def model_forward(

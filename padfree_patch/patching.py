@@ -21,7 +21,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -163,28 +163,37 @@ class _Seam:
 
     def install(self) -> None:
         with _lock:
-            if self in _installed:
+            holder, installed = self.holder(), _installed.setdefault(self, [])
+            if any(holder is each.holder for each in installed):
                 return
-            own = vars(self.holder()).get(self.name, _ABSENT)
-            wrapper: Any = _wrapped(getattr(self.holder(), self.name), _HANDLERS[self.handler])
+            own = vars(holder).get(self.name, _ABSENT)
+            wrapper: Any = _wrapped(getattr(holder, self.name), _HANDLERS[self.handler])
             if isinstance(own, staticmethod):
                 wrapper = staticmethod(wrapper)
-            _installed[self] = (own, wrapper)
-            setattr(self.holder(), self.name, wrapper)
+            installed.append(_Installed(holder, own, wrapper))
+            setattr(holder, self.name, wrapper)
 
     def remove(self) -> None:
-        own, wrapper = _installed.pop(self)
-        if vars(self.holder()).get(self.name) is not wrapper:
-            return  # somebody wrapped it again: theirs stays, and ours in it calls straight through
-        if own is _ABSENT:  # it was inherited
-            delattr(self.holder(), self.name)
-        else:
-            setattr(self.holder(), self.name, own)
+        for holder, own, wrapper in _installed.pop(self):
+            if vars(holder).get(self.name) is not wrapper:
+                continue  # somebody wrapped it again: theirs stays, and ours in it calls straight through
+            if own is _ABSENT:  # it was inherited
+                delattr(holder, self.name)
+            else:
+                setattr(holder, self.name, own)
+
+
+class _Installed(NamedTuple):
+    holder: Any
+    own: Any
+    """What stood in the holder's own `vars`, or _ABSENT."""
+    wrapper: Callable[..., Any]
+    """What stands there now."""
 
 
 _lock = threading.RLock()
-_installed: dict[_Seam, tuple[Any, Callable[..., Any]]] = {}
-"""What stood in the holder's own `vars` (or _ABSENT), and what stands there now."""
+_installed: dict[_Seam, list[_Installed]] = {}
+"""More than one for a seam if a module of remote code was loaded again under its name."""
 
 
 class _OptIn:
@@ -280,9 +289,9 @@ def _wrapped(original: Callable[..., Any], handler: Callable[..., Any]) -> Calla
 
 def _on_attention(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     opt_in = _opt_in_of(args[0])
-    if opt_in is None:
+    if opt_in is None or not masks.is_packed_mask(kwargs.get("attention_mask")):
         return original(*args, **kwargs)
-    return forward.attention_forward(original, args, kwargs, patch=opt_in.patch, backend=opt_in.backend)
+    return kernel_call.packed_attention(original, opt_in.patch, opt_in.backend, args, kwargs)
 
 
 def _on_model(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -372,7 +381,10 @@ def _flash_attention_seams(patch: Patch, attention_module: nn.Module) -> set[_Se
 def _check_found(patch: Patch, model: nn.Module, wanted: str, found: list[nn.Module]) -> None:
     if not found:
         names = sorted({type(module).__name__ for module in model.modules()})
-        raise _changed(patch, f"no module of class {wanted} in {type(model).__name__}; found {', '.join(names)}")
+        code = type(pretrained_modules(model)[0]).__module__
+        raise _changed(
+            patch, f"no module of class {wanted} in {type(model).__name__} (from {code}); found {', '.join(names)}"
+        )
 
 
 def _check_config(patch: Patch, decoders: list[nn.Module]) -> None:

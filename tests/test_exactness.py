@@ -1,4 +1,7 @@
-"""Promise 1: a packed row gives what each example gives alone; every architecture, implementation and variant."""
+"""Promise 1: a packed row gives what each example gives alone; every architecture on eager and sdpa.
+
+Their variants, and flash_attention_2, are in the matrix (`nox -s eras`, `nox -s matrix`).
+"""
 
 from __future__ import annotations
 
@@ -8,30 +11,45 @@ from conftest import PATCHES, skip_if_unavailable
 
 import padfree_patch.versions
 from padfree_patch import applied
+from padfree_patch.registry import registry
 from padfree_patch.testing import CHECKS, conformance, examples, pack, pad, tiny_model
 
 TRANSFORMERS = padfree_patch.versions.transformers_version().release
-VARIANTS = [(patch, name) for patch in PATCHES for name in ("default", *patch.variants)]
+ROUTED = [patch for patch in PATCHES if patch.model_type in ("dbrx", "mixtral", "qwen2_moe")]
+# check_ordinary_calls passes unpatched by its nature; check_cost has its controls in test_cost.py.
+FAIL_UNPATCHED = [c for c in CHECKS if c not in (conformance.check_ordinary_calls, conformance.check_cost)]
 
 
 def _id(value) -> str:
     return getattr(value, "model_type", None) or getattr(value, "__name__", None) or str(value).replace(" ", "-")
 
 
-@pytest.mark.parametrize(("patch", "variant"), VARIANTS, ids=_id)
+@pytest.mark.parametrize("patch", PATCHES, ids=_id)
 @pytest.mark.parametrize("check", CHECKS, ids=_id)
-def test_patched_model_passes(check, patch, variant, implementation):
+def test_patched_model_passes(check, patch, implementation):
     def make():
-        return tiny_model(patch, implementation, **patch.variants.get(variant, {}))
+        return tiny_model(patch, implementation)
 
     skip_if_unavailable(make)
     check(make)
 
 
-@pytest.mark.parametrize("check", [check for check in CHECKS if check is not conformance.check_ordinary_calls], ids=_id)
+@pytest.mark.parametrize("check", FAIL_UNPATCHED, ids=_id)
 def test_unpatched_model_fails(check, make):
     with pytest.raises(AssertionError):
         check(make, patched=False)
+
+
+@pytest.mark.parametrize("patch", ROUTED, ids=_id)
+def test_router_losses_are_the_padded_batchs(patch, implementation):
+    def make():
+        # Random DBRX is nearly blind to other tokens; with larger weights a leak shows.
+        return tiny_model(patch, implementation, initializer_range=0.2)
+
+    skip_if_unavailable(make)
+    conformance.check_router_losses(make)
+    with pytest.raises(AssertionError):
+        conformance.check_router_losses(make, patched=False)
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
@@ -86,6 +104,21 @@ def test_dropout_is_isolated_and_random(make):
         assert torch.equal(run(a), run(other_a))
         torch.manual_seed(1)
         assert not torch.equal(run(a), model(**pack([a, b])).logits[:, 9:])
+
+
+def test_no_dropout_where_upstream_applies_none(implementation):
+    """Falcon with rotary drops nothing on eager and sdpa, whatever its config says; with ALiBi it does."""
+
+    def make(**config):
+        return tiny_model(registry().get("falcon"), implementation, attention_dropout=0.5, **config).train()
+
+    skip_if_unavailable(make)
+    sequences = examples((5, 9))
+    alone = conformance.logits_alone(make, sequences)
+    with applied(make()) as model, torch.no_grad():
+        assert conformance.largest(model(**pack(sequences)).logits - alone) < 1e-5
+    with applied(make(alibi=True)) as model, torch.no_grad():
+        assert not torch.equal(model(**pack(sequences)).logits, model(**pack(sequences)).logits)
 
 
 @pytest.mark.parametrize("name", ["labels", "shift_labels"])

@@ -146,7 +146,10 @@ def test_unverifiable_model_is_patched_with_a_warning():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention": "LlamaAttentionX"}, "no module of class LlamaAttentionX in LlamaForCausalLM; found .*LlamaMLP"),
+        (
+            {"attention": "LlamaAttentionX"},
+            "no module of class LlamaAttentionX in .*; found .*LlamaMLP",
+        ),
         ({"decoder": "LlamaModelX"}, "no module of class LlamaModelX"),
         ({"attention": "LlamaMLP"}, r"LlamaMLP.forward has no parameter attention_mask; it has (x|hidden_state)"),
     ],
