@@ -29,7 +29,7 @@ from .boundaries import batch_at_layer
 from .errors import PadfreeError
 from .masks import window_of
 from .packing import PackedSequences
-from .registry import AttentionCall, Patch
+from .registry import AttentionCall, registry
 
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 _SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax)
@@ -37,7 +37,7 @@ _SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax)
 
 @torch.compiler.disable
 def packed_attention(
-    original: Callable[..., Any], patch: Patch, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    original: Callable[..., Any], model_type: str, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Calls an attention module's forward on a packed batch.
 
@@ -45,7 +45,7 @@ def packed_attention(
 
     Args:
         original: the forward; its `args` begin with the module, its `kwargs` hold position_ids and a packed mask.
-        patch: the architecture's.
+        model_type: whose patch it is.
         backend: its name, or "auto".
 
     Raises PadfreeError if no position_ids arrive or upstream's forward never comes to a kernel call that we know.
@@ -54,7 +54,8 @@ def packed_attention(
     batch = batch_at_layer(kwargs.get("position_ids"))
     changed = {**kwargs, "attention_mask": None, "position_ids": rope.positions_for(module, batch)}
     call = AttentionCall(module, batch, original, changed)
-    key_bias = None if patch.attention_call is None else patch.attention_call(call)
+    patch = registry().get(model_type)
+    key_bias = patch.attention_call(call) if patch is not None and patch.attention_call is not None else None
     kernel = _KernelCall(module, batch.sequences, window_of(kwargs["attention_mask"]), backend, key_bias)
     with rope.rotating(batch), kernel:
         result = call.forward(*args, **call.arguments)

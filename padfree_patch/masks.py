@@ -3,7 +3,7 @@
 A packed row has no mask of T x T. What travels from the decoder to its layers instead is a tensor of shape
 (1, 1, 1, 1, window + 1): ordinary masks have at most four dimensions, so it cannot be mistaken; being an argument, it
 survives gradient checkpointing, replicas and other threads; and a shape is read without a device sync. Its one value
-lies on the CPU, because decoders before 4.42 ask `0 in attention_mask`: of models loaded as flash_attention_2 they drop
+lies on the CPU, because decoders before 4.45 ask `0 in attention_mask`: of models loaded as flash_attention_2 they drop
 a mask without a 0 (4.35 on), or take one with a 0 for padding (4.34).
 
 Upstream's mask builders are asked for the window. What they build is the truth for the version, the implementation

@@ -28,7 +28,7 @@ from torch import nn
 from . import attention, forward, kernel_call, masks, rope, verification, versions
 from .errors import PadfreeError
 from .forward import OPT_IN
-from .registry import Patch, implementation_of, patch_for, pretrained_modules, registry
+from .registry import Patch, implementation_of, patch_for, pretrained_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -214,12 +214,6 @@ class _OptIn:
     def _facts(self) -> tuple[str, str, str, tuple[_Seam, ...]]:
         return self.model_type, self.backend, self.role, self.seams
 
-    @property
-    def patch(self) -> Patch:
-        patch = registry().get(self.model_type)
-        assert patch is not None, "apply found it there"
-        return patch
-
 
 _opted_in: weakref.WeakSet[_OptIn] = weakref.WeakSet()
 
@@ -291,7 +285,7 @@ def _on_attention(original: Callable[..., Any], args: tuple[Any, ...], kwargs: d
     opt_in = _opt_in_of(args[0])
     if opt_in is None or not masks.is_packed_mask(kwargs.get("attention_mask")):
         return original(*args, **kwargs)
-    return kernel_call.packed_attention(original, opt_in.patch, opt_in.backend, args, kwargs)
+    return kernel_call.packed_attention(original, opt_in.model_type, opt_in.backend, args, kwargs)
 
 
 def _on_model(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

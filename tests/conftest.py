@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from padfree_patch.registry import Patch, registry
 from padfree_patch.testing import Unavailable, tiny_model
+
+collect_ignore_glob = [] if "PADFREE_FLASH_ATTENTION" in os.environ else ["*_checks.py"]
+"""Those want a process of their own; the nox sessions say when."""
 
 PATCHES = registry().patches()
 

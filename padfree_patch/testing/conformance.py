@@ -128,17 +128,22 @@ def check_cost(make: Make, *, patched: bool = True) -> None:
     """
     batch = pack(examples(LENGTHS))
     with_lengths = {**batch, "packed_sequences": PackedSequences.from_lengths(LENGTHS)} if patched else batch
-    tokens = 1024
-    long = pack(examples([tokens // 8] * 8))
     with torch.no_grad(), _maybe_applied(make(), patched) as model:
         upstreams, ours = _allowed_syncs(model, syncs_of(make(), {"input_ids": batch["input_ids"]}))
         model(**batch)  # what is measured once per process, such as windows, is measured
         for call, allowed in ((batch, upstreams + ours), (with_lengths, upstreams + ours - 1)):
             found = syncs_of(model, call)
             assert found <= allowed, f"{found} syncs, allowed are {allowed}, of which {upstreams} are upstream's"
-        with LargestTensor() as largest_tensor:
-            model(**long)
-    assert largest_tensor.elements < tokens**2 / 3, f"{largest_tensor.operator} made {largest_tensor.shape}"
+        half, whole = _largest_tensor(model, 512), _largest_tensor(model, 1024)
+    linear = whole.elements <= 2 * half.elements + 1024  # wide layers, if so
+    assert linear or whole.elements < 1024**2 / 3, f"{whole.operator} made {whole.shape}"
+
+
+def _largest_tensor(model: Any, tokens: int) -> LargestTensor:
+    batch = pack(examples([tokens // 8] * 8))
+    with LargestTensor() as largest_tensor:
+        model(**batch)
+    return largest_tensor
 
 
 def _allowed_syncs(model: Any, upstreams: int) -> tuple[int, int]:
@@ -149,7 +154,7 @@ def _allowed_syncs(model: Any, upstreams: int) -> tuple[int, int]:
         return (1 + len({length for length in LENGTHS if length > 8})) * upstreams, 2
     running = versions.transformers_version()
     on_flash = implementation_of(model.config) == "flash_attention_2"
-    if versions.inside(running, "<4.36") or (on_flash and versions.inside(running, "<4.42")):
+    if versions.inside(running, "<4.36") or (on_flash and versions.inside(running, "<4.45")):
         return upstreams, 2  # `0 in attention_mask`: of a tensor on the CPU, so no sync, but the counter can't tell
     return upstreams, 1
 
@@ -253,10 +258,12 @@ def alone_loss_and_gradients(make: Make, sequences: Sequence[Tensor]) -> tuple[f
 
 def assert_gradients_close(model: Any, expected: dict[str, Tensor]) -> None:
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        error = (found[name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
+        difference = found.get(name, 0) - gradient  # an expert that no token came to may have none
+        error = difference.norm() / gradient.norm().clamp_min(1e-12)
         assert error < GRADIENT_TOLERANCE, f"gradient of {name} is off by {error:.2e}"
+    for name in found.keys() - expected.keys():
+        assert found[name].norm() == 0, f"{name} has a gradient, which it has not alone"
 
 
 def ordinary_results(model: Any) -> dict[str, Any]:
