@@ -12,6 +12,7 @@ Those are wrapped where upstream looks them up (`padfree_patch.patching`) and as
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import threading
@@ -74,14 +75,22 @@ def flash_attention_forward(original: Callable[..., Any], args: tuple[Any, ...],
     call: _KernelCall | None = getattr(_current, "call", None)
     if call is None:
         return original(*args, **kwargs)
-    given = _signature(original).bind(*args, **kwargs).arguments
+    given = _bound(original, args, kwargs)
     q, k, v = given["query_states"], given["key_states"], given["value_states"]
     target = given.get("target_dtype")  # that of the weights, if norms were cast up
     if target is not None and q.dtype == torch.float32:
         q, k, v = (x.to(target) for x in (q, k, v))
-    size = given.get("sliding_window")
-    window = size + _flash_window_surplus() if size else 0
-    return call.flash_attention(q, k, v, given.get("softmax_scale"), float(given.get("dropout", 0.0)), window)
+    size = given["sliding_window"]
+    return call.flash_attention(
+        q,
+        k,
+        v,
+        scale=given["softmax_scale"],
+        dropout=given["dropout"],
+        softcap=given["softcap"],
+        window=size + _flash_window_surplus() if size else 0,
+        causal=given["is_causal"] and given.get("kwargs", {}).get("s_aux") is None,  # an attention sink
+    )
 
 
 def flash_attn_func(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -89,13 +98,24 @@ def flash_attn_func(original: Callable[..., Any], args: tuple[Any, ...], kwargs:
     call: _KernelCall | None = getattr(_current, "call", None)
     if call is None:
         return original(*args, **kwargs)
-    bound = _signature(original).bind(*args, **kwargs)
-    bound.apply_defaults()
-    given = bound.arguments
-    left, _ = given.get("window_size", (-1, -1))  # how many tokens a query sees beside itself
+    given = _bound(original, args, kwargs)
+    left, _ = given.get("window_size", (-1, -1))  # how many tokens a query sees beside itself; -1: all
     return call.flash_attention(
-        given["q"], given["k"], given["v"], given["softmax_scale"], float(given["dropout_p"]), left + 1
+        given["q"],
+        given["k"],
+        given["v"],
+        scale=given["softmax_scale"],
+        dropout=given["dropout_p"],
+        softcap=given.get("softcap"),
+        window=left + 1,
+        causal=given["causal"],
     )
+
+
+def _bound(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    bound = _signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 _current = threading.local()
@@ -143,8 +163,8 @@ class _KernelCall(TorchFunctionMode):
             return self._sdpa(*args, **kwargs)
         if func in _MATMULS and not kwargs and all(isinstance(x, Tensor) and x.dim() == 4 for x in args):
             q, k_transposed = args
-            return _Scores(q, k_transposed.transpose(2, 3))
-        if func is Tensor.max and len(args) == 1 and args[0].dtype == torch.int64:
+            return _Scores(q, k_transposed.transpose(2, 3), biased=self._key_bias is not None)
+        if func is Tensor.max and len(args) == 1 and args[0].dtype == torch.int64 and args[0].dim() == 1:
             return _Maximum(self._sequences.max_seqlen - 1)
         if any(isinstance(x, _Scores) for x in args) or any(isinstance(x, _Scores) for x in kwargs.values()):
             return self._on_scores(func, args, kwargs)
@@ -167,14 +187,26 @@ class _KernelCall(TorchFunctionMode):
         return self._attend(query, key, value, scale or query.shape[-1] ** -0.5, dropout_p)
 
     def flash_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout: float, window: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None,
+        dropout: float,
+        softcap: float | None,
+        window: int,
+        causal: bool,
     ) -> Tensor:
         """q (B, T, H, D), k and v (B, T, K, D); returns (B, T, H, D)."""
+        if not causal:
+            raise PadfreeError(f"{self._owner} asks flash-attn for attention that is not plainly causal: not supported")
         self._answering = True
         try:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             scale = q.shape[-1] ** -0.5 if scale is None else scale
-            return self._attend(q, k, v, scale, dropout, window=window).transpose(1, 2)
+            output = self._attend(q, k, v, scale, float(dropout), window=window, softcap=softcap or 0.0)
+            return output.transpose(1, 2)
         finally:
             self._answering = False
 
@@ -191,7 +223,15 @@ class _KernelCall(TorchFunctionMode):
         raise PadfreeError(f"{self._owner} applies {name} to its attention scores, which padfree_patch can't follow")
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, *, window: int | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        dropout: float,
+        *,
+        window: int | None = None,
+        softcap: float = 0.0,
     ) -> Tensor:
         """q (B, H, T, D), k and v (B, K, T, D); returns (B, H, T, D). window: if not that of the mask."""
         window = self._window if window is None else window
@@ -206,11 +246,13 @@ class _KernelCall(TorchFunctionMode):
         if self._key_bias is not None:
             q, k, v = _with_key_bias(q, k, v, self._key_bias)
         dtype = _autocast_dtype(q.device.type) or q.dtype
-        needs = attention.Needs(device=q.device.type, dtype=dtype, head_dim=q.shape[3], window=window, dropout=dropout)
+        needs = attention.Needs(q.device.type, dtype, q.shape[3], window=window, softcap=softcap, dropout=dropout)
         rows = q.shape[0]
         q, k, v = (x.to(dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, heads, D)
         backend = attention.select(needs, self._backend)
-        output: Tensor = backend.attend(q, k, v, self._sequences, scale=scale, window=window, dropout=dropout)
+        output: Tensor = backend.attend(
+            q, k, v, self._sequences, scale=scale, window=window, softcap=softcap, dropout=dropout
+        )
         return output[..., :head_dim].unflatten(0, (rows, -1)).transpose(1, 2)
 
 
@@ -255,11 +297,17 @@ class _Maximum(int):
         return int(self)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Scores:
     """Stands in for the attention scores (B, H, T, T) of an eager forward, which scales, softmaxes and drops them."""
 
-    def __init__(self, q: Tensor, k: Tensor, scale: float = 1.0, dropout: float = 0.0, softmaxed: bool = False):
-        self.q, self.k, self.scale, self.dropout, self._softmaxed = q, k, scale, dropout, softmaxed
+    q: Tensor
+    k: Tensor
+    biased: bool
+    """Whether the patch has a bias on keys, which upstream then may add."""
+    scale: float = 1.0
+    dropout: float = 0.0
+    softmaxed: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -273,16 +321,20 @@ class _Scores:
         return self.shape if dim is None else self.shape[dim]
 
     def __mul__(self, factor: float) -> _Scores:
-        if self._softmaxed or isinstance(factor, (Tensor, _Scores)):
+        if self.softmaxed or isinstance(factor, (Tensor, _Scores)):
             raise PadfreeError("attention scores are multiplied by something other than a number before the softmax")
-        return _Scores(self.q, self.k, self.scale * factor)
+        return dataclasses.replace(self, scale=self.scale * factor)
 
     __rmul__ = __mul__
 
     def __add__(self, other: Tensor | None) -> _Scores:
-        """Upstream adds its mask, which a packed batch has not; or a bias on keys, which `_with_key_bias` sees to."""
-        if other is not None and other.shape[-2] > 1:
-            raise PadfreeError("something other than a bias on keys is added to the attention scores of a packed batch")
+        """Upstream adds its mask, of which a packed batch has none or one element; or the bias that the patch knows.
+
+        That one `_with_key_bias` sees to.
+        """
+        bias_on_keys = self.biased and isinstance(other, Tensor) and other.shape[-2] == 1
+        if other is not None and other.numel() > 1 and not bias_on_keys:
+            raise PadfreeError("something that is no mask is added to the attention scores of a packed batch")
         return self
 
     def __matmul__(self, other: Tensor) -> Tensor:
@@ -298,11 +350,11 @@ class _Scores:
     type_as = float = view = to
 
     def after_softmax(self) -> _Scores:
-        return _Scores(self.q, self.k, self.scale, self.dropout, softmaxed=True)
+        return dataclasses.replace(self, softmaxed=True)
 
     def after_dropout(self, p: Any = 0.5, training: bool = True, inplace: bool = False) -> _Scores:
-        assert self._softmaxed
-        return _Scores(self.q, self.k, self.scale, float(p) if training else 0.0, softmaxed=True)
+        assert self.softmaxed
+        return dataclasses.replace(self, dropout=float(p) if training else 0.0)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

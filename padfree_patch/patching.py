@@ -384,8 +384,6 @@ def _check_found(patch: Patch, model: nn.Module, wanted: str, found: list[nn.Mod
 def _check_config(patch: Patch, decoders: list[nn.Module]) -> None:
     for decoder in decoders:
         config: Any = decoder.config
-        if patch.refusal is not None and (reason := patch.refusal(config)):
-            raise PadfreeError(f"{patch.model_type}: {reason}")
         if (implementation := implementation_of(config)) not in IMPLEMENTATIONS:
             raise PadfreeError(
                 f"{patch.model_type}: loaded with attention implementation {implementation!r}; load it with one of "

@@ -43,8 +43,9 @@ class Patch:
     """Versions that the tests ran on, such as ">=4.36,<5.24"."""
     tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     """Config values of a model small enough for a test, on top of `padfree_patch.testing.TINY`."""
-    refusal: Callable[[Any], str | None] | None = None
-    """Says of a config why its model can't be patched, or None if it can."""
+    upstream_refuses: Callable[[Any], str | None] | None = None
+    """Says of a config why upstream can't run its model at all, so that `verify` has no example alone to compare with;
+    None if it can."""
     attention_call: Callable[[AttentionCall], Tensor | None] | None = None
     """For attention that needs more than another kernel: called before each packed call of an attention module, which
     it may change. Returns what is added to the scores of each key before they are scaled, (H, T), or None."""

@@ -86,7 +86,7 @@ def rotary_forward(original: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     rotary, x = call["self"], call["x"]
     lengths = list(batch.sequences.lengths)
     if "position_ids" not in _parameters(original):
-        longest_short = min(_unscaled_length(rotary), batch.sequences.max_seqlen)
+        longest_short = min(unscaled_length(rotary), batch.sequences.max_seqlen)
         tables = {
             length: original(_fresh(rotary, x.device), x, seq_len=length)
             for length in {max(length, longest_short) for length in lengths}
@@ -96,7 +96,7 @@ def rotary_forward(original: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         return torch.cat(rows[0], dim=-2), torch.cat(rows[1], dim=-2)  # (..., B * T, D) each
 
     pieces = batch.position_ids.reshape(-1).split(lengths)
-    longest = [max(last + 1, _unscaled_length(rotary)) for last in batch.last_positions]
+    longest = [max(last + 1, unscaled_length(rotary)) for last in batch.last_positions]
     rotated: list[tuple[Tensor, Tensor]] = [()] * len(pieces)  # type: ignore[list-item]
     for length in set(longest):
         members = [i for i, each in enumerate(longest) if each == length]
@@ -133,7 +133,7 @@ def _fresh(rotary: nn.Module, device: torch.device) -> nn.Module:
     return built.to(device, min(buffers, key=lambda dtype: dtype.itemsize))  # model.half() casts the frequencies too
 
 
-def _unscaled_length(rotary: nn.Module) -> int:
+def unscaled_length(rotary: nn.Module) -> int:
     """Tokens up to which all sequences share the same frequencies."""
     config = getattr(rotary, "config", None)
     scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import rope
 from .errors import LeakError
 from .forward import needs_rows
-from .registry import pretrained_modules
+from .registry import pretrained_modules, registry
 
 LENGTHS = (9, 8)
 """Tokens of examples A and B."""
@@ -51,7 +51,7 @@ class Verification:
     alone_tolerance: float = float("nan")
     """What `alone_error` may be in the model's dtype."""
     alone_refused: str | None = None
-    """Upstream's error, if it can't run an example alone, so that there is nothing to compare with."""
+    """Why upstream can't run an example alone (`Patch.upstream_refuses`), if so: nothing to compare with."""
     first_leak: str | None = None
     """Name of the first module whose output at B changes with A though its input at B does not."""
     skipped: str | None = None
@@ -103,7 +103,7 @@ def verify(model: nn.Module) -> Verification:
     """Measures whether `model`, as it is now, isolates the examples of a packed row.
 
     Works in train and eval mode, with frozen parameters, inside PEFT and under `torch.no_grad`. Leaves parameters,
-    gradients, modes and the random state as they were. Takes eight short forwards and one backward. Of a model with a
+    gradients, modes and the random state as they were. Takes seven short forwards and one backward. Of a model with a
     head that gives one result per row, the decoder is looked at.
 
     Returns the figures; nothing is raised for a leak. Weights on the meta device or sharded over processes can't be
@@ -117,7 +117,7 @@ def verify(model: nn.Module) -> Verification:
         probe = _Probe(module)
         change = probe.logit_change()
         gradient = probe.leaked_gradient()
-        refused = probe.alone_refused()
+        refused = _alone_refused(model)
         error, tolerance = (math.nan, math.nan) if refused else probe.alone_error()
         allowed = rounding_of_neighbours(model, probe.packed(probe.a))
         leaks = change > allowed or gradient != 0
@@ -141,6 +141,12 @@ def rounding_of_neighbours(model: nn.Module, logits: Tensor) -> float:
     """
     routed = any(_ROUTER.search(name) for name, _ in model.named_modules())
     return _ALONE_TOLERANCE_EPS * torch.finfo(logits.dtype).eps * _largest(logits) if routed else 0.0
+
+
+def _alone_refused(model: nn.Module) -> str | None:
+    config: Any = pretrained_modules(model)[0].config
+    patch = registry().get(getattr(config, "model_type", None))
+    return patch.upstream_refuses(config) if patch is not None and patch.upstream_refuses is not None else None
 
 
 @torch.no_grad()
@@ -178,15 +184,6 @@ class _Probe:
     def alone(self, embeds: Tensor) -> Tensor:
         """As in a padded batch, so with a mask: Falcon's ALiBi on sdpa is not causal without one (4.36 to 4.39)."""
         return self.logits(embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device))
-
-    @torch.no_grad()
-    def alone_refused(self) -> str | None:
-        """Why upstream can't run an example alone, as Falcon with ALiBi when loaded as flash_attention_2."""
-        try:
-            self.alone(self.b)
-        except Exception as error:
-            return repr(error)
-        return None
 
     def packed(self, a: Tensor) -> Tensor:
         return self.logits(torch.cat([a, self.b], dim=1), position_ids=self.positions)

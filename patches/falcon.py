@@ -35,7 +35,8 @@ def attention_call(call: AttentionCall) -> Tensor | None:
         call.arguments["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)  # True is masked
     if not attention.config.alibi:
         return None
-    if type(attention).__name__ == "FalconFlashAttention2":
+    implementation = implementation_of(attention.config)
+    if implementation == "flash_attention_2":
         call.forward = eager.forward
     longest = torch.ones(1, call.batch.sequences.max_seqlen, dtype=torch.long, device=device)
     build: Any = sys.modules[eager.__module__].build_alibi_tensor
@@ -43,19 +44,23 @@ def attention_call(call: AttentionCall) -> Tensor | None:
     alibi: Tensor = table.squeeze(1)[:, call.batch.positions_from_zero.reshape(-1)]
     rows = call.batch.position_ids.shape[0]
     call.arguments["alibi"] = alibi.view(len(alibi), rows, -1).transpose(0, 1)  # (B, H, T): takes upstream's ALiBi path
-    twice = implementation_of(attention.config) == "eager" and versions.inside(
-        versions.transformers_version(), _ADDS_TWICE
-    )
+    twice = implementation == "eager" and versions.inside(versions.transformers_version(), _ADDS_TWICE)
     return alibi * 2 if twice else alibi
+
+
+def upstream_refuses(config: Any) -> str | None:
+    """Why upstream runs no call of a model of this config, or None."""
+    refused = config.alibi and implementation_of(config) == "flash_attention_2"
+    return "upstream's flash_attention_2 refuses ALiBi: only packed batches run, as on sdpa" if refused else None
 
 
 def quirks(config: Any) -> list[str]:
     """What upstream does with ALiBi that one would not expect."""
     if not config.alibi:
         return []
+    if refused := upstream_refuses(config):
+        return [refused]
     implementation, version = implementation_of(config), versions.transformers_version()
-    if implementation == "flash_attention_2":
-        return ["upstream's flash_attention_2 refuses ALiBi: only packed batches run, as they would on sdpa"]
     if implementation == "eager" and versions.inside(version, _ADDS_TWICE):
         return ["upstream's eager attention adds ALiBi twice in this version; so does apply (sdpa adds it once)"]
     if implementation == "sdpa" and versions.inside(version, "<4.40"):
@@ -71,6 +76,7 @@ PATCH = Patch(
     tiny={"num_kv_heads": 2, "new_decoder_architecture": True},
     attention_call=attention_call,
     quirks=quirks,
+    upstream_refuses=upstream_refuses,
     variants={
         "one key head": {"new_decoder_architecture": False, "multi_query": True},
         "all key heads": {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": 6},

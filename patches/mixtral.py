@@ -15,8 +15,5 @@ PATCH = Patch(
     decoder="MixtralModel",
     transformers=">=4.36,<5.24",
     tiny={"num_local_experts": 4},
-    variants={
-        "window": {"sliding_window": 4},
-        "no window": {"sliding_window": None},
-    },
+    variants={"window": {"sliding_window": 4}, "no window": {"sliding_window": None}},
 )

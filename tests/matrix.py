@@ -113,7 +113,8 @@ def compare(folder: Path) -> None:
         for variant, said in variants.items()
         if said != (known := table[version][model_type].get(implementation, {}).get(variant))
     ]
-    sys.exit("\n".join(changed))
+    if changed:
+        sys.exit("\n".join(changed))
 
 
 def read(folder: Path) -> Cells:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import inspect
 import sys
-import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,36 +70,19 @@ def test_sdpa_drops_weights_at_the_given_rate():
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """A stand-in package flash_attn with the signature of 2.8.3 that records its call and computes by sdpa."""
-    calls = []
+    """The stand-in for flash-attn in place of the package, and a list of its varlen function's calls."""
+    file = Path(__file__).with_name("stand_ins") / "flash_attn" / "__init__.py"
+    spec = importlib.util.spec_from_file_location("flash_attn", file)
+    package = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    varlen, calls = package.flash_attn_varlen_func, []
 
-    def flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p=0.0,
-        softmax_scale=None,
-        causal=False,
-        window_size=(-1, -1),
-        softcap=0.0,
-        alibi_slopes=None,
-        deterministic=False,
-        return_attn_probs=False,
-        block_table=None,
-    ):
-        calls.append({"cu": cu_seqlens_q, "max": max_seqlen_q, "causal": causal, "window": window_size})
-        assert cu_seqlens_q is cu_seqlens_k
-        assert max_seqlen_q == max_seqlen_k
-        sequences = PackedSequences.from_cu_seqlens(cu_seqlens_q)
-        window = window_size[0] + 1 if window_size != (-1, -1) else 0
-        return sdpa.attend(q, k, v, sequences, scale=softmax_scale, window=window, dropout=dropout_p)
+    @functools.wraps(varlen)
+    def recording(*args, **kwargs):
+        calls.append(inspect.signature(varlen).bind(*args, **kwargs).arguments)
+        return varlen(*args, **kwargs)
 
-    package = types.ModuleType("flash_attn")
-    package.flash_attn_varlen_func = flash_attn_varlen_func
+    package.flash_attn_varlen_func = recording
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     return calls
 
@@ -109,9 +95,9 @@ def test_flash_attn_is_called_as_its_signature_says(recorded, window):
     torch.testing.assert_close(output, reference(*qkv, sequences, scale=0.3, window=window).float())
     (call,) = recorded
     assert call["causal"] is True
-    assert call["cu"].dtype == torch.int32
-    assert type(call["max"]) is int
-    assert call["window"] == ((window - 1, 0) if window else (-1, -1))
+    assert call["cu_seqlens_q"] is call["cu_seqlens_k"] and call["cu_seqlens_q"].dtype == torch.int32
+    assert type(call["max_seqlen_q"]) is int and call["max_seqlen_q"] == call["max_seqlen_k"] == max(LENGTHS)
+    assert call.get("window_size") == ((window - 1, 0) if window else None)
 
 
 def test_flash_attn_refuses_what_its_backward_cannot_index():
