@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from padfree_patch.registry import Patch, registry
-from padfree_patch.testing import Unavailable, tiny_model
+from padfree_patch.testing import Unavailable, conformance, examples, pack, tiny_model
 
 collect_ignore_glob = [] if "PADFREE_FLASH_ATTENTION" in os.environ else ["*_checks.py"]
 """Those want a process of their own; the nox sessions say when."""
@@ -63,3 +63,19 @@ def skip_if_unavailable(make_model) -> None:
             model(input_ids=torch.arange(3, 9).unsqueeze(0))
     except Exception as error:
         pytest.skip(f"upstream itself can't run this model: {error!r}")
+
+
+@pytest.fixture
+def batch():
+    return pack(examples(conformance.LENGTHS))
+
+
+@pytest.fixture
+def alone(make):
+    return conformance.logits_alone(make, examples(conformance.LENGTHS))
+
+
+def assert_exact(model, batch, alone):
+    with torch.no_grad():
+        error = conformance.largest(model(**batch).logits - alone) / conformance.largest(alone)
+    assert error < conformance.LOGIT_TOLERANCE

@@ -15,11 +15,12 @@ import threading
 
 import pytest
 import torch
+from conftest import assert_exact
 
 import padfree_patch
 from padfree_patch import PadfreeError, patching
 from padfree_patch.registry import registry
-from padfree_patch.testing import conformance, examples, pack, tiny_model
+from padfree_patch.testing import conformance, examples, tiny_model
 
 
 def snapshot(model) -> dict:
@@ -39,27 +40,10 @@ def snapshot(model) -> dict:
 @pytest.fixture(autouse=True)
 def _clean_start():
     """Without the class patches of models that earlier tests have left behind as garbage."""
-    torch._dynamo.reset()
     gc.collect()
     patching._opted_in.clear()
     patching._remove_unused_seams()
     assert not patching._installed
-
-
-@pytest.fixture
-def batch():
-    return pack(examples(conformance.LENGTHS))
-
-
-@pytest.fixture
-def alone(make):
-    return conformance.logits_alone(make, examples(conformance.LENGTHS))
-
-
-def assert_exact(model, batch, alone):
-    with torch.no_grad():
-        error = conformance.largest(model(**batch).logits - alone) / conformance.largest(alone)
-    assert error < conformance.LOGIT_TOLERANCE
 
 
 def test_apply_twice_restore_once_leaves_everything_as_it_was(make):
@@ -296,53 +280,6 @@ def test_peft_model(make, batch, alone):
         wrapped.train()
         wrapped(**batch, labels=batch["input_ids"]).loss.backward()
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in wrapped.parameters())
-
-
-@pytest.mark.slow
-def test_compiled_model(make, batch, alone):
-    model = torch.compile(padfree_patch.apply(make()), backend="aot_eager")
-    for _ in range(2):
-        assert_exact(model, batch, alone)
-    lengths = (3, 4, 6)
-    other = conformance.logits_alone(make, examples(lengths))
-    assert_exact(model, pack(examples(lengths)), other)
-    padfree_patch.restore(model)
-    torch._dynamo.reset()
-
-
-@pytest.mark.slow
-def test_compiled_model_patched_afterwards(make, batch, alone):
-    model = torch.compile(make(), backend="aot_eager")
-    with padfree_patch.applied(model):
-        assert_exact(model, batch, alone)
-    torch._dynamo.reset()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ["unpatched first", "patched, unpatched, patched", "same model before and after"])
-def test_compiled_graphs_of_other_models_are_not_taken(make, batch, alone, order):
-    """Dynamo keeps graphs per code object: the mark of a patched model must be a guard."""
-    patched, other = make(), make()
-    if order == "patched, unpatched, patched":
-        padfree_patch.apply(patched)
-        assert_exact(torch.compile(patched, backend="eager"), batch, alone)
-    if order == "same model before and after":
-        other = patched
-    naive = torch.compile(other, backend="eager")(**batch).logits
-    assert conformance.largest(naive - alone) > 1e-3
-    padfree_patch.apply(patched)
-    assert_exact(torch.compile(patched, backend="eager"), batch, alone)
-    padfree_patch.restore(patched)
-
-
-@pytest.mark.slow
-def test_ordinary_call_stays_one_graph(llama):
-    (ids,) = examples((9,))
-    expected = torch.compile(llama, backend="eager", fullgraph=True)(input_ids=ids, use_cache=False).logits
-    torch._dynamo.reset()
-    padfree_patch.apply(llama)
-    found = torch.compile(llama, backend="eager", fullgraph=True)(input_ids=ids, use_cache=False).logits
-    assert torch.equal(found, expected)
 
 
 def test_wrapper_of_others_around_ours_does_no_harm(make, batch, alone):
