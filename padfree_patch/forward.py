@@ -19,7 +19,7 @@ from .registry import is_transformers_model
 IGNORED_LABEL = -100
 
 OPT_IN = "_padfree_patch"
-"""Attribute by which a module is known as patched (`padfree_patch.patching`)."""
+"""Attribute by which a module is known as patched (`padfree_patch.seams`)."""
 
 
 def model_forward(

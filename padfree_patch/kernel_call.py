@@ -7,7 +7,7 @@ and the `matmul(q, k.T) ... softmax ... matmul(weights, v)` of eager attention, 
 function that is not understood is an error that names it.
 
 Models loaded as flash_attention_2 come to no torch function but to flash-attn's, or to upstream's function around it.
-Those are wrapped where upstream looks them up (`padfree_patch.patching`) and ask whether a packed call is under way.
+Those are wrapped where upstream looks them up (`padfree_patch.seams`) and ask whether a packed call is under way.
 """
 
 from __future__ import annotations

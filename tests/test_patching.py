@@ -18,7 +18,7 @@ import torch
 from conftest import assert_exact
 
 import padfree_patch
-from padfree_patch import PadfreeError, patching
+from padfree_patch import PadfreeError, patching, seams
 from padfree_patch.registry import registry
 from padfree_patch.testing import conformance, examples, tiny_model
 
@@ -41,9 +41,9 @@ def snapshot(model) -> dict:
 def _clean_start():
     """Without the class patches of models that earlier tests have left behind as garbage."""
     gc.collect()
-    patching._opted_in.clear()
-    patching._remove_unused_seams()
-    assert not patching._installed
+    seams.opted_in.clear()
+    seams.remove_unused_seams()
+    assert not seams.installed
 
 
 def test_apply_twice_restore_once_leaves_everything_as_it_was(make):
@@ -215,7 +215,7 @@ def test_saved_module_comes_back_patched(make, batch, alone):
     file = io.BytesIO()
     torch.save(model, file)
     padfree_patch.restore(model)
-    assert not patching._installed
+    assert not seams.installed
     file.seek(0)
     assert_exact(torch.load(file, weights_only=False), batch, alone)
 
@@ -236,7 +236,7 @@ def test_saved_module_comes_back_patched_in_another_process(llama, batch, tmp_pa
 
 def test_opt_in_alone_can_be_pickled(llama):
     padfree_patch.apply(llama)
-    opt_in = vars(llama)[patching.OPT_IN]
+    opt_in = vars(llama)[seams.OPT_IN]
     other = pickle.loads(pickle.dumps(opt_in))
     assert (other.backend, other.role, other.seams) == (opt_in.backend, opt_in.role, opt_in.seams)
 
@@ -300,7 +300,7 @@ def test_wrapper_of_others_around_ours_does_no_harm(make, batch, alone):
         padfree_patch.restore(model)
         assert vars(decoder)["forward"] is theirs
     finally:
-        decoder.forward = getattr(before, patching.ORIGINAL)
+        decoder.forward = getattr(before, seams.ORIGINAL)
 
 
 def test_wrappers_cannot_be_unwrapped(llama):
@@ -316,8 +316,8 @@ def test_wrappers_cannot_be_unwrapped(llama):
 def test_applied_puts_the_backend_back(llama):
     padfree_patch.apply(llama)
     with padfree_patch.applied(llama, backend="sdpa"):
-        assert vars(llama)[patching.OPT_IN].backend == "sdpa"
-    assert vars(llama)[patching.OPT_IN].backend == "auto"
+        assert vars(llama)[seams.OPT_IN].backend == "sdpa"
+    assert vars(llama)[seams.OPT_IN].backend == "auto"
 
 
 def test_untested_version_warns_and_works(llama, monkeypatch):
@@ -327,7 +327,7 @@ def test_untested_version_warns_and_works(llama, monkeypatch):
 
 
 def test_restore_in_another_thread_does_not_take_the_patch_away(make, batch, alone, monkeypatch):
-    other, install = padfree_patch.apply(make()), patching._Seam.install
+    other, install = padfree_patch.apply(make()), seams.Seam.install
     thread = threading.Thread(target=padfree_patch.restore, args=(other,))
 
     def install_while_the_other_restores(seam):
@@ -336,7 +336,7 @@ def test_restore_in_another_thread_does_not_take_the_patch_away(make, batch, alo
             thread.start()
             thread.join(timeout=0.2)  # it must wait for the lock
 
-    monkeypatch.setattr(patching._Seam, "install", install_while_the_other_restores)
+    monkeypatch.setattr(seams.Seam, "install", install_while_the_other_restores)
     model = padfree_patch.apply(make(), verify=False)
     thread.join()
     assert_exact(model, batch, alone)
