@@ -14,7 +14,7 @@ import nox
 
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"
-nox.options.sessions = ["lint", "wheel", "tests"]
+nox.options.sessions = ["lint", "wheel", "tests", "eras"]
 
 # uv does not read pip's PIP_FIND_LINKS; pip separates places by spaces, uv by commas.
 if places := os.environ.get("PIP_FIND_LINKS"):

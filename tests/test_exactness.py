@@ -1,6 +1,6 @@
 """Promise 1: a packed row gives what each example gives alone; every architecture on eager and sdpa.
 
-Their variants, and flash_attention_2, are in the matrix (`nox -s matrix`).
+Their variants, and flash_attention_2, are in the matrix (`nox -s eras`, `nox -s matrix`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 from conftest import PATCHES
 from packaging.specifiers import SpecifierSet
 
-from padfree_patch import PadfreeError, Patch, registry
+from padfree_patch import PadfreeError, Patch, registry, support, versions
 
 
 def patch_named(model_type: str) -> Patch:
@@ -79,3 +79,17 @@ def test_every_patch_module_is_an_entry_point_and_says_what_it_was_read_against(
     assert module.__doc__ is not None
     assert f"models/{patch.model_type}/modeling_{patch.model_type}.py of transformers" in module.__doc__
     assert SpecifierSet(patch.transformers)
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.model_type)
+def test_every_patch_has_its_row_in_the_support_table(patch):
+    """For every minor from 4.34 to 5.23: wrong and refused nowhere, exact where the patch says so, else absent."""
+    table = support.table()
+    assert len(table) == 48
+    for version, row in table.items():
+        words = set(row[patch.model_type].values())
+        assert words <= {"exact", "native-exact", "upstream fails", "absent"}, version
+        if not versions.inside(versions.Version(version), patch.transformers):
+            assert words == {"absent"}, version
+        elif (patch.model_type, version) != ("olmo", "5.4.0"):  # whose config upstream can't build
+            assert words & {"exact", "native-exact"}, version

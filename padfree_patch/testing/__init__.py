@@ -9,6 +9,17 @@ A third party's patch is tested by the same checks as ours:
 
 from .conformance import CHECKS
 from .counters import LargestTensor, SyncCounter
-from .models import TINY, Unavailable, examples, pack, pad, tiny_model
+from .models import TINY, Unavailable, UpstreamFails, examples, pack, pad, tiny_model
 
-__all__ = ["CHECKS", "TINY", "LargestTensor", "SyncCounter", "Unavailable", "examples", "pack", "pad", "tiny_model"]
+__all__ = [
+    "CHECKS",
+    "TINY",
+    "LargestTensor",
+    "SyncCounter",
+    "Unavailable",
+    "UpstreamFails",
+    "examples",
+    "pack",
+    "pad",
+    "tiny_model",
+]

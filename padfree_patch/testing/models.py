@@ -30,6 +30,10 @@ class Unavailable(Exception):
     """Upstream itself has no such model: not in this version, or not with this attention implementation."""
 
 
+class UpstreamFails(Unavailable):
+    """Upstream has it, but can't build it."""
+
+
 def tiny_model(patch: Patch, implementation: str = "sdpa", *, seed: int = 0, **config: Any) -> Any:
     """A randomly initialised causal language model, in eval mode, float32, on the CPU.
 
@@ -39,20 +43,11 @@ def tiny_model(patch: Patch, implementation: str = "sdpa", *, seed: int = 0, **c
         seed: of the weights; the same seed gives the same model.
         config: values on top of the patch's `tiny`.
 
-    Raises Unavailable if upstream has no such model here.
+    Raises Unavailable if upstream has no such model here, UpstreamFails if it fails to build it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    values = {**TINY, **patch.tiny, **config}
-    scaling = values.get("rope_scaling") or {}
-    if versions.transformers_version().release < (4, 43) and "rope_type" in scaling:  # as it was called then
-        values["rope_scaling"] = {"type": scaling["rope_type"], "factor": scaling["factor"]}
-    try:
-        built = AutoConfig.for_model(patch.model_type, **{k: _copied(v) for k, v in values.items()})
-    except KeyError as error:
-        raise Unavailable(f"transformers {versions.transformers_version()} has no {patch.model_type}") from error
-    except Exception as error:  # upstream's own, as below
-        raise Unavailable(f"{patch.model_type} has no such config: {error!r}") from error
+    built = _config(patch, {**TINY, **patch.tiny, **config})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if versions.transformers_version().release < (4, 36):
@@ -62,8 +57,31 @@ def tiny_model(patch: Patch, implementation: str = "sdpa", *, seed: int = 0, **c
             return AutoModelForCausalLM.from_config(built).eval()
         try:
             return AutoModelForCausalLM.from_config(built, attn_implementation=implementation).eval()
-        except Exception as error:  # upstream's own; whatever it is, there is no such model here
-            raise Unavailable(f"{patch.model_type} can't be loaded as {implementation}: {error!r}") from error
+        except Exception as error:  # upstream's own
+            kind = Unavailable if "does not support" in str(error) else UpstreamFails
+            raise kind(f"{patch.model_type} can't be loaded as {implementation}: {error!r}") from error
+
+
+def _config(patch: Patch, values: dict[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if patch.model_type not in CONFIG_MAPPING:
+        raise Unavailable(f"transformers {versions.transformers_version()} has no {patch.model_type}")
+    scaling = values.get("rope_scaling") or {}
+    forms = [scaling]
+    if "rope_type" in scaling:  # as it was called before 4.43, and in some configs before 4.45
+        forms.append({"type": scaling["rope_type"], "factor": scaling["factor"]})
+    if versions.transformers_version().release < (4, 43):
+        forms.reverse()
+    errors = []
+    for form in forms:
+        given = {**values, "rope_scaling": form} if form else values
+        try:
+            return AutoConfig.for_model(patch.model_type, **{name: _copied(value) for name, value in given.items()})
+        except Exception as error:  # upstream's own: a ValueError for what it does not know, others for its faults
+            errors.append(error)
+    kind = Unavailable if isinstance(errors[0], ValueError) else UpstreamFails
+    raise kind(f"{patch.model_type} has no such config: {errors[0]!r}") from errors[0]
 
 
 def examples(lengths: Sequence[int], *, seed: int = 1, vocab_size: int = TINY["vocab_size"]) -> list[Tensor]:
