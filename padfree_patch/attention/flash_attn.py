@@ -1,11 +1,14 @@
 """Varlen attention by the flash-attn 2 package (`flash_attn.flash_attn_varlen_func`).
 
-Read against flash_attn/flash_attn_interface.py of flash-attn 2.8.3; the window came in 2.3.0, softcap in 2.6.0.
+Read against flash_attn/flash_attn_interface.py of flash-attn 2.8.3; the window came in 2.3.0, softcap in 2.6.0. Its
+Triton kernels for ROCm (FLASH_ATTENTION_TRITON_AMD_ENABLE) give wrong gradients, without an error, for tensors of
+different memory layouts (tests/flash_attn_checks.py shows it), so those are made alike here.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,7 +73,10 @@ def attend(
         options["window_size"] = (window - 1, 0)  # tokens to the left and to the right of the query
     if softcap:
         options["softcap"] = softcap
-    return _varlen_func()(
+    triton = os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE", "FALSE") == "TRUE"  # as the package itself asks
+    if triton:  # its backward reads k, v and the output's gradient with the strides of others, without an error
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    output: Tensor = _varlen_func()(
         q,
         k,
         v,
@@ -83,6 +89,9 @@ def attend(
         causal=True,
         **options,
     )
+    if triton and output.requires_grad:
+        output.register_hook(Tensor.contiguous)
+    return output
 
 
 def check_int32_bound(sequences: PackedSequences, *, heads: int, head_dim: int) -> None:
