@@ -3,7 +3,7 @@
 flash-attn 2.8.3 carries Triton kernels beside its CUDA ones, and Triton can interpret them on the CPU. Nothing of the
 package is replaced but that its operators are registered for CUDA only. Limits of these kernels: they ignore sliding
 windows, and in bfloat16 the interpreter overflows, so neither is tested here; and their backward is wrong for tensors
-of different memory layouts. Our backend sees to that itself; for the dense kernel, which is the oracle, it is done here.
+of different memory layouts. Our backend sees to that itself; for the dense kernel, the oracle, it is done here.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ def test_backend_equals_float64(calls, dtype, tolerance, key_heads, head_dim, sc
     assert call["causal"] and call["softmax_scale"] == scale
 
 
-@pytest.mark.parametrize("layouts", ["THD THD THD HTD", "HTD HTD THD THD", "THD HTD HTD THD"])
+@pytest.mark.parametrize("layouts", ["THD THD THD HTD", "HTD HTD THD THD", "HTD HTD THD HTD"])
 def test_memory_layouts_may_differ(layouts):
-    """As they do behind partial rotaries. The control: the package by itself gives wrong gradients, without an error."""
+    """As they do behind partial rotaries. The control: the package by itself gives wrong gradients, silently."""
     sequences = PackedSequences.from_lengths(LENGTHS)
     *inputs, of_gradient = layouts.split()
 
