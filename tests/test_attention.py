@@ -12,32 +12,58 @@ import pytest
 import torch
 
 from padfree_patch import PackedSequences, PadfreeError, attention, versions
-from padfree_patch.attention import Needs, flash_attn, sdpa
+from padfree_patch.attention import Needs, cpu, flash_attn, sdpa
 
 LENGTHS = (5, 1, 17, 130, 3)
+LONG = (1, 64, 129, 192, 193, 300, 2, 2049)
+"""Both sides of every length at which the CPU's own way changes."""
 
 
-def reference(q, k, v, sequences, *, scale, window=0):
-    """Masked softmax attention over the whole batch, in float64: q (T, H, D), k and v (T, K, D)."""
+def reference(q, k, v, sequences, *, scale, window=0, softcap=0.0):
+    """Masked softmax attention, sequence by sequence, in float64: q (T, H, D), k and v (T, K, D)."""
     groups = q.shape[1] // k.shape[1]
-    k, v = (x.double().repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
-    owner = torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(sequences.lengths))
-    distance = torch.arange(len(owner))[:, None] - torch.arange(len(owner))
-    visible = (owner[:, None] == owner) & (distance >= 0) & (distance < (window or len(owner)))
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    outputs = []
+    for q_, k_, v_ in zip(*(x.double().split(list(sequences.lengths)) for x in (q, k, v))):
+        scores = torch.einsum("qhd,khd->hqk", q_, k_) * scale
+        scores = softcap * (scores / softcap).tanh() if softcap else scores
+        distance = torch.arange(len(q_))[:, None] - torch.arange(len(q_))
+        hidden = (distance < 0) | (distance >= (window or len(q_)))
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v_))
+    return torch.cat(outputs)
 
 
-def random_qkv(heads=6, key_heads=2, head_dim=8):
+def random_qkv(heads=6, key_heads=2, head_dim=8, *, lengths=LENGTHS, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(sum(LENGTHS), count, head_dim) for count in (heads, key_heads, key_heads)]
-    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    shapes = [(sum(lengths), count, head_dim) for count in (heads, key_heads, key_heads)]
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def errors(qkv, sequences, *, attend=sdpa.attend, **options):
+    """Of the output and the three gradients against float64: norm of the error over the norm of what it should be."""
+    output = attend(*qkv, sequences, **options)
+    assert output.dtype == qkv[0].dtype
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    expected = reference(*exact, sequences, **options)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
+    found = (output, *torch.autograd.grad(output, qkv, weights))
+    wanted = (expected, *torch.autograd.grad(expected, exact, weights.double()))
+    return [float((one.double() - other).detach().norm() / other.detach().norm()) for one, other in zip(found, wanted)]
+
+
+@pytest.fixture(params=["cpu operators", "public function"])
+def either_way(request, monkeypatch):
+    """The sdpa backend with and without what is private to PyTorch on the CPU."""
+    if request.param == "public function":
+        monkeypatch.setattr(cpu, "works", lambda: False)
+    else:
+        assert cpu.works()
 
 
 @pytest.mark.parametrize("window", [0, 1, 4, 100, 1000])
 @pytest.mark.parametrize("key_heads", [1, 2, 6])
 @pytest.mark.parametrize("scale", [8**-0.5, 1.0])
-def test_sdpa_equals_float64(window, key_heads, scale):
+def test_sdpa_equals_float64(either_way, window, key_heads, scale):
     sequences = PackedSequences.from_lengths(LENGTHS)
     qkv = random_qkv(key_heads=key_heads)
     output = sdpa.attend(*qkv, sequences, scale=scale, window=window)
@@ -50,7 +76,87 @@ def test_sdpa_equals_float64(window, key_heads, scale):
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)  # sums over up to 130 float32 terms
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("window", [0, 10, 65, 192, 1500])
+def test_every_chunking_equals_float64(dtype, softcap, window):
+    sequences = PackedSequences.from_lengths(LONG)
+    options = {"scale": 0.35, "window": window, "softcap": softcap}
+    assert max(errors(random_qkv(4, 2, lengths=LONG, dtype=dtype), sequences, **options)) < 100 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [0.35, 1.5])
+@pytest.mark.parametrize("options", [{}, {"window": 65}, {"softcap": 2.0}], ids=str)
+def test_half_precision_is_as_exact_as_pytorchs_own(monkeypatch, dtype, scale, options):
+    """Bound: 1.5 times what the public function, or float32 with rounded results, gets wrong itself."""
+    sequences = PackedSequences.from_lengths(LONG)
+    found = errors(random_qkv(4, 2, 64, lengths=LONG, dtype=dtype), sequences, scale=scale, **options)
+    bounds = [torch.finfo(dtype).eps] * 4
+    if not options:
+        monkeypatch.setattr(cpu, "works", lambda: False)
+        bounds = errors(random_qkv(4, 2, 64, lengths=LONG, dtype=dtype), sequences, scale=scale)
+    assert all(error < 1.5 * bound for error, bound in zip(found, bounds)), (found, bounds)
+
+
+def test_bfloat16_scores_are_not_rounded(monkeypatch):
+    """The control of the test before: scores rounded to bfloat16, as in a plain product, are over that bound."""
+
+    def without_lower_halves(x):
+        return x.bfloat16()[..., None], torch.zeros_like(x.bfloat16()[..., None])
+
+    sequences = PackedSequences.from_lengths(LONG)
+    qkv = random_qkv(4, 2, 64, lengths=LONG, dtype=torch.bfloat16)
+    right = errors(qkv, sequences, scale=1.5)
+    monkeypatch.setattr(cpu, "_halves", without_lower_halves)
+    assert max(errors(qkv, sequences, scale=1.5)) > 3 * max(right)
+
+
+def test_neighbours_change_nothing_in_any_bit(either_way):
+    sequences = PackedSequences.from_lengths(LONG)
+    qkv = random_qkv(4, 2, lengths=LONG)
+    before = sdpa.attend(*qkv, sequences, scale=0.3)
+    with torch.no_grad():
+        for x in qkv:
+            x[: sum(LONG[:3])].normal_()
+    assert torch.equal(sdpa.attend(*qkv, sequences, scale=0.3)[sum(LONG[:3]) :], before[sum(LONG[:3]) :])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_memory_layout_will_do(dtype):
+    sequences = PackedSequences.from_lengths(LONG)
+    qkv = random_qkv(4, 2, lengths=LONG, dtype=dtype)
+    expected = sdpa.attend(*qkv, sequences, scale=0.3)
+    gradients = torch.autograd.grad(expected.sum(), qkv)  # of stride 0 in every dimension
+    odd = [x.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0).requires_grad_() for x in qkv]
+    output = sdpa.attend(*odd, sequences, scale=0.3)
+    assert torch.equal(output, expected)
+    for found, wanted in zip(torch.autograd.grad(output.sum(), odd), gradients):
+        assert torch.equal(found, wanted)
+
+
+def test_one_autograd_node_whatever_the_number_of_sequences():
+    output = sdpa.attend(*random_qkv(), PackedSequences.from_lengths(LENGTHS), scale=1.0)
+    assert {type(node).__name__ for node, _ in output.grad_fn.next_functions} == {"AccumulateGrad"}
+
+
+@pytest.mark.parametrize("replaced", ["_flash_forward", "_flash_backward"])
+@pytest.mark.parametrize("how", ["missing", "wrong"])
+def test_private_operators_that_changed_are_not_used(monkeypatch, replaced, how):
+    operator = getattr(cpu, replaced)
+
+    def changed(*args, **kwargs):
+        if how == "missing":
+            raise AttributeError("no such operator")
+        return tuple(x + 0.01 for x in operator(*args, **kwargs))
+
+    monkeypatch.setattr(cpu, replaced, changed)
+    assert not cpu.works.__wrapped__()
+    assert cpu.works()
+
+
 def test_sdpa_without_grouped_queries_expands_the_keys(monkeypatch):
+    monkeypatch.setattr(cpu, "works", lambda: False)
     sequences = PackedSequences.from_lengths(LENGTHS)
     qkv = random_qkv()
     expected = sdpa.attend(*qkv, sequences, scale=1.0)
@@ -58,14 +164,32 @@ def test_sdpa_without_grouped_queries_expands_the_keys(monkeypatch):
     torch.testing.assert_close(sdpa.attend(*qkv, sequences, scale=1.0), expected)
 
 
-def test_sdpa_drops_weights_at_the_given_rate():
+@pytest.mark.parametrize("options", [{}, {"window": 50}, {"softcap": 5.0}], ids=str)
+def test_sdpa_drops_weights_at_the_given_rate(options):
     sequences = PackedSequences.from_lengths([400])
     q, k = torch.zeros(2, 400, 1, 8)
     v = torch.ones(400, 1, 8)
     torch.manual_seed(0)
-    output = sdpa.attend(q, k, v, sequences, scale=1.0, dropout=0.5)  # mean of kept weights, each doubled
-    assert output[-1].mean().item() == pytest.approx(1, abs=0.2)
+    output = sdpa.attend(q, k, v, sequences, scale=1.0, dropout=0.5, **options)  # of kept weights, each doubled
+    assert output[50:].mean().item() == pytest.approx(1, abs=0.1)
     assert output.std() > 0.01
+
+
+def test_softcapped_dropout_drops_the_same_in_the_backward():
+    """Which computes the weights again: the output is linear in v, so v times its gradient adds up to the output."""
+    sequences = PackedSequences.from_lengths([100])
+    q, k, v = random_qkv(2, 2, lengths=[100])
+    output = sdpa.attend(q, k, v, sequences, scale=1.0, softcap=2.0, dropout=0.5)
+    (of_v,) = torch.autograd.grad(output.sum(), [v])
+    torch.testing.assert_close((of_v * v).sum(), output.sum())
+
+
+def test_softcap_keeps_no_scores_for_the_backward():
+    sequences = PackedSequences.from_lengths([2048])
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        sdpa.attend(*random_qkv(2, 2, lengths=[2048]), sequences, scale=1.0, softcap=2.0)
+    assert max(sizes) <= 256 * 2048  # the mask of one chunk
 
 
 @pytest.fixture
@@ -129,12 +253,12 @@ def test_auto_prefers_flash_attn_where_it_runs(recorded, monkeypatch):
     attention.select.cache_clear()
 
 
-def test_no_backend_lists_every_candidate_with_its_reason():
+def test_a_backend_that_cannot_lists_every_candidate_with_its_reason():
     with pytest.raises(PadfreeError) as caught:
-        attention.select(Needs("cpu", torch.float32, 64, window=128, softcap=30.0))
-    assert "no attention backend for dtype=float32, device=cpu, head_dim=64, window=128, softcap=30.0" in str(
+        attention.select(Needs("cpu", torch.float32, 64, window=128, softcap=30.0), "flash_attn")
+    assert "backend 'flash_attn' can't serve dtype=float32, device=cpu, head_dim=64, window=128, softcap=30.0" in str(
         caught.value
     )
     for backend in attention.BACKENDS:
         assert f"  {backend.NAME}: " in str(caught.value)
-    assert "scaled_dot_product_attention has no softcap" in str(caught.value)
+    assert "  sdpa: works" in str(caught.value)

@@ -64,8 +64,8 @@ def select(needs: Needs, name: str = "auto") -> ModuleType:
     for backend in BACKENDS:
         if name in ("auto", backend.NAME) and backend.refusal(needs) is None:
             return backend
-    wanted = "no attention backend" if name == "auto" else f"backend {name!r} can't serve"
-    raise PadfreeError(f"{wanted} for {needs}:\n{_listed(needs)}")
+    wanted = "no attention backend for" if name == "auto" else f"backend {name!r} can't serve"
+    raise PadfreeError(f"{wanted} {needs}:\n{_listed(needs)}")
 
 
 def _listed(needs: Needs) -> str:

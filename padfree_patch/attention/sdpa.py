@@ -1,20 +1,25 @@
-"""Varlen attention on plain PyTorch, one `scaled_dot_product_attention` per sequence, on any device.
+"""Varlen attention on plain PyTorch, on any device: the one backend that can do everything, and runs everywhere.
 
-`split` views instead of slices: autograd then joins the gradients of all pieces once, where slicing would write a
-zero-filled gradient of the whole batch per sequence. No mask is built except for sliding windows, and that one is
-never larger than a chunk of queries by what they see.
+On the CPU that is `padfree_patch.attention.cpu`. Elsewhere, and where that one can't, it is one
+`scaled_dot_product_attention` per sequence, on `split` views instead of slices: autograd then joins the gradients of
+all pieces once, where slicing would write a zero-filled gradient of the whole batch per sequence. Masks are never
+larger than a chunk of queries by what they see.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .. import versions
 from ..packing import PackedSequences
+from . import cpu
 
 if TYPE_CHECKING:
     from . import Needs
@@ -23,9 +28,7 @@ NAME = "sdpa"
 
 
 def refusal(needs: Needs) -> str | None:
-    """Why this backend can't do what is needed, or None."""
-    if needs.softcap:
-        return "scaled_dot_product_attention has no softcap"
+    """Why this backend can't do what is needed: None, it always can."""
     return None
 
 
@@ -50,51 +53,74 @@ def attend(
         sequences: their lengths add up to T; lengths 2, 4, 3 have cu_seqlens [0, 2, 6, 9].
         scale: factor on q @ k.T before the softmax; usually D ** -0.5.
         window: newest tokens that a query sees, itself included; 0 for all of its sequence.
-        softcap: refused by this backend (see `refusal`).
+        softcap: scores become softcap * tanh(scores / softcap); 0 for none.
         dropout: probability with which an attention weight is dropped.
 
     Returns (T, H, D), in the dtype of q.
     """
-    assert not softcap, "the selector never sends a softcap here"
-    lengths = list(sequences.lengths)
+    lengths = sequences.lengths
+    if q.device.type == "cpu" and k.shape == v.shape and not (softcap or dropout) and cpu.works():
+        return cpu.attend(q, k, v, lengths, scale=scale, window=window)
+    of_chunk: Callable[..., Tensor] = functools.partial(_sdpa, scale=scale, dropout=dropout)
+    if softcap:
+        of_chunk = functools.partial(_softcapped, scale=scale, softcap=softcap, dropout=dropout)
     pieces = zip(*(x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for x in (q, k, v)))  # (1, heads, length, D)
     outputs = []
-    for q_piece, k_piece, v_piece in pieces:
-        if window and q_piece.shape[2] > window:
-            output = _windowed(q_piece, k_piece, v_piece, window, scale=scale, dropout=dropout)
+    for piece in pieces:
+        if softcap or 0 < window < piece[0].shape[2]:
+            output = _in_chunks(of_chunk, *piece, window=window)
         else:
-            output = _sdpa(q_piece, k_piece, v_piece, scale=scale, dropout=dropout, is_causal=True)
+            output = of_chunk(*piece, is_causal=True)
         outputs.append(output.squeeze(0).transpose(0, 1))  # (length, H, D)
     return torch.cat(outputs)
 
 
-def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, *, scale: float, dropout: float) -> Tensor:
-    """Sliding-window attention of one sequence, in chunks of queries, each against the keys that it can see.
+def _in_chunks(of_chunk: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
+    """Attention of one sequence, in chunks of queries, each against the keys that it can see.
 
     The chunk trades mask size against the number of calls; a quarter of the window wastes at most a fifth of the work.
     """
     length = q.shape[2]
+    window = window or length
     chunk = min(max(window // 4, 64), 256)
     outputs = []
     for start in range(0, length, chunk):
         stop, first = min(start + chunk, length), max(start - window + 1, 0)
         distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, stop, device=q.device)
         visible = (distance >= 0) & (distance < window)  # (queries, keys)
-        piece = _sdpa(
-            q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], scale=scale, dropout=dropout, mask=visible
-        )
-        outputs.append(piece)
+        outputs.append(of_chunk(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], visible))
     return torch.cat(outputs, dim=2)
+
+
+def _softcapped(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, scale: float, softcap: float, dropout: float
+) -> Tensor:
+    """softmax(softcap * tanh(scores / softcap)) @ v, in float32 at least; visible: bool (queries, keys).
+
+    Recomputed in the backward: the scores of all chunks together would be those of the whole sequence.
+    """
+    groups = q.shape[1] // k.shape[1]
+    working = torch.promote_types(q.dtype, torch.float32)
+
+    def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            q_grouped = q.to(working).unflatten(1, (-1, groups)).flatten(2, 3)  # (1, K, groups * queries, D)
+            scores = (q_grouped @ k.to(working).transpose(2, 3)).mul(scale / softcap).tanh().mul(softcap)
+            weights = scores.masked_fill(~visible.repeat(groups, 1), -torch.inf).softmax(-1)
+            output = F.dropout(weights, dropout) @ v.to(working)
+            return output.unflatten(2, (groups, -1)).flatten(1, 2).to(q.dtype)
+
+    return checkpoint(compute, q, k, v, use_reentrant=False, preserve_rng_state=dropout > 0)
 
 
 def _sdpa(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    mask: Tensor | None = None,
     *,
     scale: float,
     dropout: float,
-    mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
     grouped = {}
