@@ -25,7 +25,7 @@ class PackedSequences:
     ([0, 2, 6, 9], 4, 9)
     """
 
-    __slots__ = ("_lengths", "cu_seqlens", "max_seqlen", "total")
+    __slots__ = ("_lengths", "cu_seqlens", "derived", "max_seqlen", "total")
 
     cu_seqlens: Tensor
     """int32 (sequences + 1,), from 0 to total, on the device of the tokens."""
@@ -33,12 +33,15 @@ class PackedSequences:
     """Tokens in the longest sequence."""
     total: int
     """Tokens in all of them together."""
+    derived: dict[str, Any]
+    """What backends work out from the sequences, by name, so that the next layer need not."""
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, total: int, lengths: tuple[int, ...] | None = None):
         self.cu_seqlens = cu_seqlens
         self.max_seqlen = max_seqlen
         self.total = total
         self._lengths = lengths
+        self.derived = {}
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -13,9 +13,9 @@ from types import ModuleType
 import torch
 
 from ..errors import PadfreeError
-from . import flash_attn, sdpa
+from . import flash_attn, flash_attn_3, flex, sdpa, torch_varlen
 
-BACKENDS: tuple[ModuleType, ...] = (flash_attn, sdpa)
+BACKENDS: tuple[ModuleType, ...] = (flash_attn_3, flash_attn, torch_varlen, flex, sdpa)
 """In the order of preference: the fastest first."""
 
 

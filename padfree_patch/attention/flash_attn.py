@@ -11,35 +11,25 @@ import inspect
 import os
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from .. import versions
 from ..errors import PadfreeError
 from ..packing import PackedSequences
+from .limits import flash_kernels_refuse, left_and_right
 
 if TYPE_CHECKING:
     from . import Needs
 
 NAME = "flash_attn"
 
-DEVICES = ("cuda",)
-"""Device types that the package's kernels run on."""
-
-DTYPES = (torch.float16, torch.bfloat16)
-"""Dtypes that they take."""
-
 
 def refusal(needs: Needs) -> str | None:
     """Why this backend can't do what is needed, or None."""
     if versions.installed("flash-attn") is None:
         return "package flash-attn is not installed (pip install flash-attn)"
-    if needs.device not in DEVICES:
-        return f"needs tensors on cuda, found {needs.device}"
-    if needs.dtype not in DTYPES:
-        return f"needs float16 or bfloat16, found {str(needs.dtype).removeprefix('torch.')}"
-    if needs.head_dim > 256:
-        return f"needs a head size of at most 256, found {needs.head_dim}"
+    if reason := flash_kernels_refuse(needs):
+        return reason
     try:
         takes = inspect.signature(_varlen_func()).parameters
     except ImportError as error:
@@ -70,7 +60,7 @@ def attend(
     # What older versions of the package do not know is only passed when it is asked for.
     options: dict[str, Any] = {}
     if window:
-        options["window_size"] = (window - 1, 0)  # tokens to the left and to the right of the query
+        options["window_size"] = left_and_right(window)
     if softcap:
         options["softcap"] = softcap
     triton = os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE", "FALSE") == "TRUE"  # as the package itself asks

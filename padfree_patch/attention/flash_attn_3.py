@@ -1,0 +1,79 @@
+"""Varlen attention by FlashAttention-3 (package flash_attn_3, module `flash_attn_interface`).
+
+Read against hopper/flash_attn_interface.py in the sdist of flash-attn 2.8.3. It has no dropout. Without a GPU only its
+signature can be tested (tests/signatures.json).
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..packing import PackedSequences
+from .limits import flash_kernels_refuse, left_and_right
+
+if TYPE_CHECKING:
+    from . import Needs
+
+NAME = "flash_attn_3"
+
+REQUIRED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+"""The arguments without defaults that `attend` passes; builds of 2024 have more."""
+
+
+def refusal(needs: Needs) -> str | None:
+    """Why this backend can't do what is needed, or None."""
+    try:
+        takes = inspect.signature(_varlen_func()).parameters
+    except ModuleNotFoundError:
+        return "package flash_attn_3 is not installed (hopper/ in the flash-attention repository)"
+    except ImportError as error:
+        return f"package flash_attn_3 does not import: {error}"
+    if needs.dropout:
+        return "FlashAttention-3 has no dropout"
+    unknown = {name for name, parameter in takes.items() if parameter.default is parameter.empty} - set(REQUIRED)
+    missing = {"window_size": needs.window, "softcap": needs.softcap}
+    if unknown or any(asked and name not in takes for name, asked in missing.items()):
+        return "this build of flash_attn_3 is older than flash-attn 2.8; build it from a newer one"
+    return flash_kernels_refuse(needs)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: PackedSequences,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Causal attention inside each sequence; arguments and result as in `padfree_patch.attention.sdpa.attend`."""
+    assert not dropout, "the selector never sends dropout here"
+    options: dict[str, Any] = {}
+    if window:
+        options["window_size"] = left_and_right(window)
+    if softcap:
+        options["softcap"] = softcap
+    output: Tensor | tuple[Tensor, ...] = _varlen_func()(
+        q,
+        k,
+        v,
+        cu_seqlens_q=sequences.cu_seqlens,
+        cu_seqlens_k=sequences.cu_seqlens,
+        max_seqlen_q=sequences.max_seqlen,
+        max_seqlen_k=sequences.max_seqlen,
+        softmax_scale=scale,
+        causal=True,
+        **options,
+    )
+    return output[0] if isinstance(output, tuple) else output  # builds of 2024 return the log-sum-exp as well
+
+
+def _varlen_func() -> Any:
+    from flash_attn_interface import flash_attn_varlen_func
+
+    return flash_attn_varlen_func

@@ -1,0 +1,128 @@
+"""Varlen attention by FlexAttention (`torch.nn.attention.flex_attention`) with a block mask of the sequences.
+
+The kernel skips blocks of 128 queries by 128 keys that the mask leaves out. `create_block_mask` finds them from a dense
+T x T mask; here they follow from where the sequences begin, without one and without a device sync, once per forward:
+every layer gets the same `PackedSequences`, which keeps them.
+
+Read against torch/nn/attention/flex_attention.py of 2.13.0. It has no dropout. On the CPU it has no backward, and
+compiled it takes half a minute to start; there only the mask and the uncompiled function can be tested.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import versions
+from ..packing import PackedSequences
+
+if TYPE_CHECKING:
+    from . import Needs
+
+NAME = "flex"
+
+BLOCK = 128
+"""Queries and keys per block: what the kernel is tuned for."""
+
+
+def refusal(needs: Needs) -> str | None:
+    """Why this backend can't do what is needed, or None."""
+    try:
+        from torch.nn.attention.flex_attention import BlockMask
+    except ImportError:
+        return f"needs torch.nn.attention.flex_attention (torch >= 2.5), found torch {versions.installed('torch')}"
+    if "seq_lengths" not in inspect.signature(BlockMask.from_kv_blocks).parameters:
+        return f"block masks of torch {versions.installed('torch')} take no total length; update torch"
+    if needs.device not in ("cuda", "xpu"):
+        why = "has no backward on the CPU" if needs.device == "cpu" else f"has no kernel for {needs.device}"
+        return f"FlexAttention {why}"
+    if needs.dtype == torch.float64:
+        return "FlexAttention has no kernel for float64"
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton, which FlexAttention compiles its kernel with (pip install triton)"
+    if needs.dropout:
+        return "FlexAttention has no dropout"
+    if needs.head_dim < 16:
+        return f"needs a head size of at least 16, found {needs.head_dim}"
+    return None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: PackedSequences,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Causal attention inside each sequence; arguments and result as in `padfree_patch.attention.sdpa.attend`."""
+    assert not dropout, "the selector never sends dropout here"
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, heads, T, D)
+    output: Tensor = _flex_attention()(
+        q,
+        k,
+        v,
+        score_mod=_capped(softcap) if softcap else None,
+        block_mask=block_mask(sequences, window),
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return output.squeeze(0).transpose(0, 1)
+
+
+def block_mask(sequences: PackedSequences, window: int = 0) -> Any:
+    """A `BlockMask` (1, 1, T, T) of causal attention inside each sequence; made once for a `PackedSequences`."""
+    key = f"flex block mask, window {window}"
+    if key not in sequences.derived:
+        sequences.derived[key] = _block_mask(sequences.cu_seqlens, sequences.total, window)
+    return sequences.derived[key]
+
+
+def _block_mask(cu_seqlens: Tensor, total: int, window: int) -> Any:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    begins = cu_seqlens[:-1].long()
+    lengths = cu_seqlens.diff().long()
+    first_seen = torch.repeat_interleave(begins, lengths, output_size=total)  # (T,): where each token's sequence begins
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        inside = (key <= query) & (key >= first_seen[query])
+        return inside & (query - key < window) if window else inside
+
+    block = torch.arange(-(-total // BLOCK), device=begins.device)
+    # The first query of a block sees farthest back; from there to the block itself, all blocks of keys are needed.
+    farthest = first_seen[block * BLOCK]
+    if window:
+        farthest = torch.maximum(farthest, block * BLOCK - window + 1)
+    oldest = farthest // BLOCK
+    indices = (oldest[:, None] + block).clamp(max=len(block) - 1)  # (query blocks, key blocks), the needed ones first
+    return BlockMask.from_kv_blocks(
+        (block - oldest + 1).int()[None, None],
+        indices.int()[None, None],
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(total, total),
+    )
+
+
+@functools.cache
+def _capped(softcap: float) -> Any:
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod
+
+
+@functools.cache
+def _flex_attention() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)  # every batch has another number of tokens

@@ -1,0 +1,40 @@
+"""What the CUDA kernels of the flash-attention family have in common: what they run on, and how they count a window."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from . import Needs
+
+DEVICES = ("cuda",)
+"""Device types that these kernels run on."""
+
+DTYPES = (torch.float16, torch.bfloat16)
+"""Dtypes that they take."""
+
+
+def flash_kernels_refuse(needs: Needs) -> str | None:
+    """Why no kernel of this family can do what is needed, or None."""
+    if needs.device not in DEVICES:
+        return f"needs tensors on cuda, found {needs.device}"
+    if needs.dtype not in DTYPES:
+        return f"needs float16 or bfloat16, found {str(needs.dtype).removeprefix('torch.')}"
+    if needs.head_dim > 256:
+        return f"needs a head size of at most 256, found {needs.head_dim}"
+    if torch.cuda.is_available() and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            return f"needs a GPU of compute capability 8.0 (Ampere) or newer, found {major}.{minor}"
+    return None
+
+
+def left_and_right(window: int) -> tuple[int, int]:
+    """A window that counts the query itself, as these kernels count it: tokens before the query, and after it.
+
+    >>> left_and_right(4)
+    (3, 0)
+    """
+    return (window - 1, 0)

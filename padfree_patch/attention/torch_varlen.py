@@ -1,0 +1,70 @@
+"""Varlen attention by PyTorch itself: `torch.nn.attention.varlen.varlen_attn`, FlashAttention-2 without the package.
+
+Read against torch/nn/attention/varlen.py of 2.13.0. It came in 2.10; scale, windows and grouped queries came after, so
+the function is asked for them. It has neither dropout nor softcap, and no CPU kernel.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .. import versions
+from ..packing import PackedSequences
+from .limits import flash_kernels_refuse, left_and_right
+
+if TYPE_CHECKING:
+    from . import Needs
+
+NAME = "torch_varlen"
+
+
+def refusal(needs: Needs) -> str | None:
+    """Why this backend can't do what is needed, or None."""
+    try:
+        takes = inspect.signature(_varlen_attn()).parameters
+    except ImportError:
+        return f"needs torch.nn.attention.varlen (torch >= 2.10), found torch {versions.installed('torch')}"
+    if missing := {"scale", "window_size", "enable_gqa"}.difference(takes):
+        return f"varlen_attn of torch {versions.installed('torch')} takes no {', '.join(sorted(missing))}; update torch"
+    if needs.dropout:
+        return "varlen_attn has no dropout"
+    if needs.softcap:
+        return "varlen_attn has no softcap"
+    return flash_kernels_refuse(needs)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: PackedSequences,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Causal attention inside each sequence; arguments and result as in `padfree_patch.attention.sdpa.attend`."""
+    assert not softcap and not dropout, "the selector never sends either here"
+    output: Tensor = _varlen_attn()(
+        q,
+        k,
+        v,
+        cu_seq_q=sequences.cu_seqlens,
+        cu_seq_k=sequences.cu_seqlens,
+        max_q=sequences.max_seqlen,
+        max_k=sequences.max_seqlen,
+        scale=scale,
+        window_size=left_and_right(window) if window else (-1, 0),  # (-1, 0): causal over the whole sequence
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return output
+
+
+def _varlen_attn() -> Any:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
