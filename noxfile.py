@@ -180,3 +180,11 @@ def real_input(session: nox.Session) -> None:
     """The demo on a real model and real text; writes docs/real-input.md. Takes most of an hour on two cores."""
     session.install("-e", ".[demo]", *pins("4.41.2"))
     session.run("python", "benchmarks/real_input.py", *session.posargs)
+
+
+@nox.session
+def benchmark(session: nox.Session) -> None:
+    """One benchmark, `-- step ...`, `attention`, `overhead`, `scaling` or `report`, on the newest transformers."""
+    session.install("-e", ".[demo]", *pins(VERSIONS[-1]))
+    name, *arguments = session.posargs
+    session.run("python", f"benchmarks/{name}.py", *arguments)

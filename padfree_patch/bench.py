@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import time
@@ -58,33 +59,48 @@ def bench_step(model: Any, *, batch_size: int = 8, steps: int = 5) -> StepBench:
     drawn = torch.exp(torch.randn(batch_size, generator=generator) + 4.5)  # lognormal, median 90
     lengths = tuple(int(n) for n in drawn.clamp(8, 512))
     device, vocabulary = next(model.parameters()).device, model.get_input_embeddings().weight.shape[0]
-    examples = [torch.randint(vocabulary, (n,), generator=generator) for n in lengths]
+    batches = step_batches([torch.randint(vocabulary, (n,), generator=generator) for n in lengths], device)
+    mask = batches["padded"]["attention_mask"]
+    seconds: dict[str, list[float]] = {name: [] for name in ("padded", "packed", "ceiling")}
+    for step in range(steps + 1):
+        for name, times in seconds.items():
+            taken = timed_step(model, batches[name], patched=name == "packed")
+            if step:  # the first one warms up
+                times.append(taken)
+    medians = {f"{name}_seconds": statistics.median(times) for name, times in seconds.items()}
+    return StepBench(lengths=lengths, padding_share=1 - mask.float().mean().item(), **medians)
+
+
+def step_batches(examples: list[Tensor], device: torch.device | str = "cpu") -> dict[str, dict[str, Any]]:
+    """The same examples, int64 (tokens,) each and all trained on, in the ways that a step can take them.
+
+    padded: to the right, with a mask. packed: by our collator, with lengths. native: one row with position_ids, as
+    transformers' own collator makes it. ceiling: as many tokens, less at most a row's rest, in rows of one length.
+    """
     padded = torch.nn.utils.rnn.pad_sequence(examples, batch_first=True)
-    mask = (torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]).long()
-    equal = torch.cat(examples)[: sum(lengths) // batch_size * batch_size].view(batch_size, -1)
+    mask = (torch.arange(padded.shape[1]) < torch.tensor([len(each) for each in examples])[:, None]).long()
+    tokens = torch.cat(examples)
+    equal = tokens[: len(tokens) // len(examples) * len(examples)].view(len(examples), -1)
     packed = DataCollatorWithFlattening(return_flash_attn_kwargs=True)([{"input_ids": each} for each in examples])
     batches: dict[str, dict[str, Any]] = {
         "padded": {"input_ids": padded, "attention_mask": mask, "labels": padded.masked_fill(mask == 0, -100)},
         "packed": packed,
+        "native": {name: packed[name] for name in ("input_ids", "labels", "position_ids")},
         "ceiling": {"input_ids": equal, "labels": equal},
     }
-    batches = {
+    return {
         name: {k: v.to(device) if isinstance(v, Tensor) else v for k, v in b.items()} for name, b in batches.items()
     }
-    seconds: dict[str, list[float]] = {name: [] for name in batches}
+
+
+def timed_step(model: Any, batch: dict[str, Any], *, patched: bool) -> float:
+    """Seconds of one forward and backward in train mode, with or without the patch; the gradients are dropped."""
     model.train()
-    for step in range(steps + 1):
-        for name, batch in batches.items():
-            if name == "packed":
-                with applied(model, verify=False):
-                    taken = _timed(lambda b=batch: model(**b).loss.backward(), device)  # type: ignore[misc]
-            else:
-                taken = _timed(lambda b=batch: model(**b, use_cache=False).loss.backward(), device)  # type: ignore[misc]
-            if step:  # the first one warms up
-                seconds[name].append(taken)
-            model.zero_grad(set_to_none=True)
-    medians = {f"{name}_seconds": statistics.median(times) for name, times in seconds.items()}
-    return StepBench(lengths=lengths, padding_share=1 - mask.float().mean().item(), **medians)
+    device = next(model.parameters()).device
+    with applied(model, verify=False) if patched else contextlib.nullcontext():
+        taken = _timed(lambda: model(**batch, use_cache=False).loss.backward(), device)
+    model.zero_grad(set_to_none=True)
+    return taken
 
 
 def _timed(run: Callable[[], None], device: torch.device) -> float:

@@ -1,0 +1,68 @@
+"""What the benchmarks share: where results go, what they ran on, which text, and how their pictures look."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import transformers
+from matplotlib.figure import Figure
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from padfree_patch import versions
+from padfree_patch.demo.data import read_texts, shuffled, tokenise
+
+RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks"
+COLOURS = {"padded": "#b0b7c3", "packed": "#1f6feb", "native": "#e08600", "ceiling": "#2da44e"}
+NAMES = {"padded": "padded", "packed": "padding-free", "native": "native packed", "ceiling": "ceiling"}
+
+matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10})
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "padfree_patch": str(versions.installed("padfree_patch")),
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def save(name: str, results: dict[str, Any], figure: Figure) -> None:
+    """Writes docs/benchmarks/NAME.json and NAME.png."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"environment": environment(), **results}, indent=1)
+    (RESULTS / f"{name}.json").write_text(text + "\n")
+    figure.savefig(RESULTS / f"{name}.png", dpi=130)
+    print(f"wrote {RESULTS / name}.json and .png")
+
+
+def progress() -> Progress:
+    """A bar that says what runs now."""
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    return Progress(*columns)
+
+
+def batches_from(file: Path, tokenizer: Any, *, batch_size: int, count: int, max_length: int) -> Iterator[list[Any]]:
+    """`count` batches of examples in random order: int64 (tokens,) each, cut to `max_length`."""
+    texts = shuffled(read_texts(file), count=batch_size * count, seed=batch_size)
+    examples = [torch.tensor(ids) for ids in tokenise(texts, tokenizer, max_length=max_length)]
+    for start in range(0, len(examples), batch_size):
+        yield examples[start : start + batch_size]
+
+
+def median_of(ratios: Iterable[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    ratios = list(ratios)
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "count": len(ratios)}

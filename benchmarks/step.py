@@ -1,0 +1,216 @@
+"""A training step on real text: padded, padding-free, upstream's native packed path, and the ceiling.
+
+    .venv/bin/nox -s benchmark -- step --model DIR --data FILE --data FILE
+
+DIR is SmolLM2-135M as benchmarks/get_smollm2.py makes it. Every round draws a batch, gives it to each kind in turn, and
+is compared with itself only, so that a machine that is slow for a while slows all of them. The ceiling is the same
+number of tokens in rows of one length, without padding, unpatched.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from common import COLOURS, NAMES, batches_from, median_of, progress, save
+from matplotlib.figure import Figure
+from torch.autograd.profiler_util import FunctionEvent
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from padfree_patch import applied
+from padfree_patch.bench import step_batches, timed_step
+from padfree_patch.demo.crowding import waited_seconds
+from padfree_patch.demo.memory import peak_bytes, reset_peak, resident_bytes
+
+REAL, SMALL = "SmolLM2-135M", "4 layers"
+KINDS = ("padded", "packed", "native", "ceiling")
+SMALL_VOCABULARY = 8192
+LARGEST_PADDED = {REAL: 8192, SMALL: 32768}
+"""Tokens of the largest padded batch that fits into 24 GB with everything that the backward needs."""
+
+
+@click.command()
+@click.option("--model", "folder", required=True, help="Folder of SmolLM2-135M.")
+@click.option("--data", "files", multiple=True, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--batch-size", "batch_sizes", multiple=True, type=int, default=(4, 8, 16), show_default=True)
+@click.option("--rounds", default=7, show_default=True, help="Batches per data set and batch size, 4 layers.")
+@click.option("--real-rounds", default=3, show_default=True, help="The same for the real weights.")
+@click.option("--max-length", default=2048, show_default=True)
+@click.option("--memory-of", type=click.Choice(["padded", "packed"]), hidden=True, help="Only this, in this process.")
+def main(
+    folder: str,
+    files: tuple[Path, ...],
+    batch_sizes: tuple[int, ...],
+    rounds: int,
+    real_rounds: int,
+    max_length: int,
+    memory_of: str | None,
+) -> None:
+    """Time steps, measure memory, and see where the time goes."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def drawn(file: Path, batch_size: int, count: int) -> list[list[torch.Tensor]]:
+        return list(batches_from(file, tokenizer, batch_size=batch_size, count=count, max_length=max_length))
+
+    if memory_of:
+        model = load(folder, SMALL)
+        print(json.dumps(memory_here(model, memory_of, drawn(files[0], batch_sizes[0], rounds))))
+        return
+    runs: list[dict[str, Any]] = []
+    profiles: dict[str, dict[str, float]] = {}
+    with progress() as bar:
+        counts = {name: count for name, count in ((SMALL, rounds), (REAL, real_rounds)) if count}
+        task = bar.add_task("", total=len(files) * len(batch_sizes) * sum(counts.values()))
+        for name, count in counts.items():
+            model = load(folder, name)
+            for file, batch_size in itertools.product(files, batch_sizes):
+                bar.update(task, description=f"{name}, {file.name.split('.')[0]}, batch {batch_size}")
+                run = {"model": name, "data": file.name.split(".")[0], "batch_size": batch_size, "rounds": []}
+                batches = drawn(file, batch_size, count)
+                one_round(model, batches[0][:2], KINDS, LARGEST_PADDED[name])  # warms up
+                for number, examples in enumerate(batches):
+                    order = KINDS[number % len(KINDS) :] + KINDS[: number % len(KINDS)]
+                    run["rounds"].append(one_round(model, examples, order, LARGEST_PADDED[name]))
+                    bar.advance(task)
+                runs.append(run)
+            profiles[name] = profile(model, drawn(files[0], 8, 1)[0])
+            del model
+            gc.collect()
+    memory = [memory_apart(folder, file, kind, max_length) for file in files for kind in ("padded", "packed")]
+    results = {"runs": runs, "ratios": [ratios_of(run) for run in runs], "profiles": profiles, "memory": memory}
+    save("step", results, picture(results["ratios"]))
+
+
+def load(folder: str, name: str) -> Any:
+    """The real weights, or four layers of the same width with random ones and a vocabulary of 8,192."""
+    if name == REAL:
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    config = AutoConfig.from_pretrained(folder, num_hidden_layers=4, vocab_size=SMALL_VOCABULARY)
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
+def fold(model: Any, examples: list[torch.Tensor]) -> dict[str, dict[str, Any]]:
+    """Step batches with token numbers that the model has."""
+    return step_batches([ids % model.config.vocab_size for ids in examples])
+
+
+def one_round(model: Any, examples: list[torch.Tensor], order: tuple[str, ...], most_padded: int) -> dict[str, Any]:
+    """Seconds of every kind on one batch; None for a padded batch that memory can't hold."""
+    batches = fold(model, examples)
+    padded_tokens = batches["padded"]["input_ids"].numel()
+    seconds: dict[str, float | None] = {}
+    waited = waited_seconds()
+    for kind in order:
+        fits = kind != "padded" or padded_tokens <= most_padded
+        seconds[kind] = timed_step(model, batches[kind], patched=kind == "packed") if fits else None
+    return {
+        "lengths": [len(ids) for ids in examples],
+        "padded_tokens": padded_tokens,
+        "ceiling_tokens": batches["ceiling"]["input_ids"].numel(),
+        "seconds": seconds,
+        "waited_seconds": waited_seconds() - waited,
+    }
+
+
+def ratios_of(run: dict[str, Any]) -> dict[str, Any]:
+    """What the rounds of a run say, by the names of the bars."""
+    rounds = run["rounds"]
+    result = {key: run[key] for key in ("model", "data", "batch_size")}
+    result["packed_over_ceiling"] = median_of(
+        sum(r["lengths"]) / r["seconds"]["packed"] / (r["ceiling_tokens"] / r["seconds"]["ceiling"]) for r in rounds
+    )
+    result["packed_over_native"] = median_of(r["seconds"]["native"] / r["seconds"]["packed"] for r in rounds)
+    result["real_tokens_per_second"] = {
+        kind: median_of(sum(r["lengths"]) / r["seconds"][kind] for r in rounds if r["seconds"][kind])
+        for kind in KINDS
+        if any(r["seconds"][kind] for r in rounds)
+    }
+    if fitting := [r for r in rounds if r["seconds"]["padded"]]:
+        result["packed_over_padded"] = median_of(r["seconds"]["padded"] / r["seconds"]["packed"] for r in fitting)
+        result["share_of_possible"] = median_of(  # of padded tokens / real tokens
+            r["seconds"]["padded"] / r["seconds"]["packed"] * sum(r["lengths"]) / r["padded_tokens"] for r in fitting
+        )
+    waited, taken = (
+        sum(x) for x in zip(*((r["waited_seconds"], sum(filter(None, r["seconds"].values()))) for r in rounds))
+    )
+    result["waited_share"] = waited / (taken * torch.get_num_threads())
+    return result
+
+
+def profile(model: Any, examples: list[torch.Tensor]) -> dict[str, float]:
+    """Share of a packed step's operator time per part of the model."""
+    batch = fold(model, examples)["packed"]
+    vocabulary = model.config.vocab_size
+    with applied(model, verify=False):
+        model(**batch).loss.backward()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
+            model(**batch).loss.backward()
+    model.zero_grad(set_to_none=True)
+    parts: dict[str, float] = {}
+    for event in profiler.events():
+        part = part_of(event, vocabulary)
+        parts[part] = parts.get(part, 0.0) + event.self_cpu_time_total
+    total = sum(parts.values())
+    return {part: time / total for part, time in sorted(parts.items(), key=lambda item: -item[1])}
+
+
+def part_of(event: FunctionEvent, vocabulary: int) -> str:
+    """attention, linear layers, head and loss, or the rest."""
+    family = [event]
+    while family[-1].cpu_parent is not None:
+        family.append(family[-1].cpu_parent)
+    if any("_Attention" in each.name for each in family):
+        return "attention"
+    shapes = [shape for each in family for shape in (each.input_shapes or []) if isinstance(shape, (list, tuple))]
+    if any(vocabulary in shape for shape in shapes):
+        return "head and loss"
+    if any(each.name in ("aten::mm", "aten::addmm", "aten::linear", "aten::matmul") for each in family):
+        return "linear layers"
+    return "the rest"
+
+
+def memory_here(model: Any, kind: str, batches: list[list[torch.Tensor]]) -> dict[str, Any]:
+    """Peak memory of this process over steps on some batches, and what it held before."""
+    before = resident_bytes()
+    reset_peak()
+    for examples in batches:
+        timed_step(model, fold(model, examples)[kind], patched=kind == "packed")
+    return {"kind": kind, "held_bytes": before, "peak_bytes": peak_bytes()}
+
+
+def memory_apart(folder: str, file: Path, kind: str, max_length: int) -> dict[str, Any]:
+    """`memory_here` at batch 8, in a process of its own."""
+    options = ["--model", folder, "--data", str(file), "--memory-of", kind, "--batch-size", "8"]
+    command = [sys.executable, __file__, *options, "--rounds", "5", "--max-length", str(max_length)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {"data": file.name.split(".")[0], "batch_size": 8, **json.loads(output.splitlines()[-1])}
+
+
+def picture(ratios: list[dict[str, Any]]) -> Figure:
+    """Real tokens per second of every kind, a panel per model and data set."""
+    panels = list(dict.fromkeys((each["model"], each["data"]) for each in ratios))
+    figure = Figure(figsize=(3.2 * len(panels), 3.4), layout="constrained")
+    for axes, (model, data) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        rows = [each for each in ratios if (each["model"], each["data"]) == (model, data)]
+        for offset, kind in enumerate(KINDS):
+            speeds = [row["real_tokens_per_second"].get(kind, {"median": 0.0})["median"] for row in rows]
+            positions = [i + 0.2 * (offset - 1.5) for i in range(len(rows))]
+            axes.bar(positions, speeds, width=0.18, color=COLOURS[kind], label=NAMES[kind])
+        axes.set_xticks(range(len(rows)), [f"batch {row['batch_size']}" for row in rows])
+        axes.set_title(f"{model}\n{data}")
+    figure.axes[0].set_ylabel("real tokens per second")
+    figure.axes[0].legend(frameon=False, fontsize=7)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
