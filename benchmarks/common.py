@@ -54,6 +54,20 @@ def progress() -> Progress:
     return Progress(*columns)
 
 
+def small_model(*, layers: int = 4, vocabulary: int = 8192, **changes: Any) -> Any:
+    """A Llama with random weights, as wide as SmolLM2-135M, whose head does not dwarf the layers."""
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    config = transformers.LlamaConfig(
+        **{**sizes, **changes},
+        num_hidden_layers=layers,
+        vocab_size=vocabulary,
+        max_position_embeddings=65536,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
 def batches_from(file: Path, tokenizer: Any, *, batch_size: int, count: int, max_length: int) -> Iterator[list[Any]]:
     """`count` batches of examples in random order: int64 (tokens,) each, cut to `max_length`."""
     texts = shuffled(read_texts(file), count=batch_size * count, seed=batch_size)

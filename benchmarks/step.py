@@ -19,10 +19,10 @@ from typing import Any
 
 import click
 import torch
-from common import COLOURS, NAMES, batches_from, median_of, progress, save
+from common import COLOURS, NAMES, batches_from, median_of, progress, save, small_model
 from matplotlib.figure import Figure
 from torch.autograd.profiler_util import FunctionEvent
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from padfree_patch import applied
 from padfree_patch.bench import step_batches, timed_step
@@ -31,7 +31,6 @@ from padfree_patch.demo.memory import peak_bytes, reset_peak, resident_bytes
 
 REAL, SMALL = "SmolLM2-135M", "4 layers"
 KINDS = ("padded", "packed", "native", "ceiling")
-SMALL_VOCABULARY = 8192
 LARGEST_PADDED = {REAL: 8192, SMALL: 32768}
 """Tokens of the largest padded batch that fits into 24 GB with everything that the backward needs."""
 
@@ -90,12 +89,8 @@ def main(
 
 
 def load(folder: str, name: str) -> Any:
-    """The real weights, or four layers of the same width with random ones and a vocabulary of 8,192."""
-    if name == REAL:
-        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
-    config = AutoConfig.from_pretrained(folder, num_hidden_layers=4, vocab_size=SMALL_VOCABULARY)
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    """The real weights, or four layers of the same width with random ones and a smaller vocabulary."""
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa") if name == REAL else small_model()
 
 
 def fold(model: Any, examples: list[torch.Tensor]) -> dict[str, dict[str, Any]]:

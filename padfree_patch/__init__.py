@@ -7,6 +7,7 @@ Importing this package patches nothing and imports no model code.
 
 from .collators import DataCollatorForCompletionOnlyLM, DataCollatorWithFlattening
 from .errors import LeakError, PadfreeError
+from .estimation import Estimate, estimate
 from .explanation import Explanation, explain
 from .packing import PackedSequences
 from .patching import applied, apply, restore
@@ -16,6 +17,7 @@ from .verification import Verification, verify
 __all__ = [
     "DataCollatorForCompletionOnlyLM",
     "DataCollatorWithFlattening",
+    "Estimate",
     "Explanation",
     "LeakError",
     "PackedSequences",
@@ -24,6 +26,7 @@ __all__ = [
     "Verification",
     "applied",
     "apply",
+    "estimate",
     "explain",
     "restore",
     "verify",

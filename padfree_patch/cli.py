@@ -1,4 +1,4 @@
-"""The command line: padfree-patch explain | verify | bench | demo | list. Each takes --json."""
+"""The command line: padfree-patch explain | verify | bench | estimate | demo | list. Each takes --json."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 try:
@@ -14,6 +15,7 @@ except ImportError as error:  # an extra, so that training machines need not hav
     raise SystemExit("padfree-patch needs click: pip install 'padfree_patch[cli]'") from error
 
 from . import patching, support, versions
+from .demo.data import FIELDS
 from .errors import PadfreeError
 from .registry import registry
 
@@ -70,6 +72,34 @@ def bench(model: str, tiny: bool, attn: str, as_json: bool, batch_size: int, ste
 
     result = bench_step(_load(model, tiny, attn), batch_size=batch_size, steps=steps)
     _print(result, as_json)
+
+
+@cli.command()
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="JSON lines, plain or .gz.")
+@click.option("--tokenizer", required=True, help="Folder or name of the tokenizer.")
+@click.option("--batch-size", required=True, type=click.IntRange(min=1), help="Examples per batch.")
+@click.option("--max-length", default=2048, show_default=True, help="Tokens that longer examples are cut to.")
+@click.option("--field", "fields", multiple=True, default=FIELDS, show_default=True, help="Text fields to join.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def estimate(
+    data: Path, tokenizer: str, batch_size: int, max_length: int, fields: tuple[str, ...], as_json: bool
+) -> None:
+    """What padding costs on your own data, and what leaving it out would save; loads no model."""
+    from transformers import AutoTokenizer
+
+    from .demo.data import DataError, read_texts, tokenise
+    from .estimation import estimate as estimate_lengths
+
+    try:
+        texts = read_texts(data, fields)
+    except DataError as error:
+        raise PadfreeError(str(error)) from error
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        raise PadfreeError(f"no tokenizer in {tokenizer!r}: {error}") from error
+    lengths = [len(ids) for ids in tokenise(texts, loaded, max_length=max_length)]
+    _print(estimate_lengths(lengths, batch_size=batch_size), as_json)
 
 
 @cli.command(name="list")

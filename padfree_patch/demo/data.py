@@ -6,42 +6,49 @@ import gzip
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 SAMPLE = Path(__file__).with_name("instructions.jsonl")
+FIELDS = ("prompt", "completion")
 
 
 class DataError(ValueError):
     """A data file that cannot be trained on; the message says where and why."""
 
 
-def read_texts(path: Path) -> list[str]:
-    """One text per line of a ``.jsonl`` or ``.jsonl.gz`` file with the fields prompt and completion.
+def read_texts(path: Path, fields: Sequence[str] = FIELDS) -> list[str]:
+    """One text per line of a ``.jsonl`` or ``.jsonl.gz`` file: its fields joined, prompt and completion by default.
 
     Raises:
         DataError: naming the first line that is not such an object, and what it holds instead.
     """
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
-        try:
-            texts = [read_text(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:  # not gzip, or not text
-            raise DataError(f"{path}: cannot be read as JSON lines, plain or .gz: {error}") from error
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
+            texts = [
+                read_text(line, f"{path}, line {number}", fields)
+                for number, line in enumerate(lines, 1)
+                if line.strip()
+            ]
+    except (OSError, EOFError, UnicodeDecodeError) as error:  # not there, not gzip, cut off, or not text
+        raise DataError(f"{path}: cannot be read as JSON lines, plain or .gz: {error}") from error
     if not texts:
-        raise DataError(f"{path} has no examples: expected one JSON object with prompt and completion per line")
+        raise DataError(f"{path} has no examples: expected one JSON object with {' and '.join(fields)} per line")
     return texts
 
 
-def read_text(line: str, place: str) -> str:
-    """Prompt and completion joined, with a line break between them where the prompt does not end in white space."""
+def read_text(line: str, place: str, fields: Sequence[str] = FIELDS) -> str:
+    """The fields joined, with a line break between two where the first does not end in white space."""
+    wanted = " and ".join(fields)
     try:
         example = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: not valid JSON: {error}") from error
     if not isinstance(example, dict):
-        raise DataError(f"{place}: expected an object with prompt and completion, found {type(example).__name__}")
-    for field in ("prompt", "completion"):
+        raise DataError(f"{place}: expected an object with {wanted}, found {type(example).__name__}")
+    text = ""
+    for field in fields:
         if not isinstance(example.get(field), str):
             found = (
                 f"a value of type {type(example[field]).__name__}"
@@ -49,11 +56,10 @@ def read_text(line: str, place: str) -> str:
                 else f"only the keys {sorted(example)}"
             )
             raise DataError(f"{place}: expected a string in field {field!r}, found {found}")
-    prompt, completion = example["prompt"], example["completion"]
-    if not prompt + completion:
-        raise DataError(f"{place}: prompt and completion are both empty")
-    gap = "\n" if prompt and not prompt[-1].isspace() else ""
-    return prompt + gap + completion
+        text += ("\n" if text and not text[-1].isspace() else "") + example[field]
+    if not text:
+        raise DataError(f"{place}: {wanted} {'are both' if len(fields) == 2 else 'is all'} empty")
+    return text
 
 
 def shuffled(items: list[Any], *, count: int, seed: int) -> list[Any]:
