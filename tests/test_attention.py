@@ -175,20 +175,21 @@ def test_sdpa_drops_weights_at_the_given_rate(options):
     assert output.std() > 0.01
 
 
-def test_softcapped_dropout_drops_the_same_in_the_backward():
-    """Which computes the weights again: the output is linear in v, so v times its gradient adds up to the output."""
+@pytest.mark.parametrize("options", [{}, {"window": 50}, {"softcap": 2.0}], ids=str)
+def test_the_backward_drops_what_the_forward_dropped(options):
+    """Though it computes the weights anew: the output is linear in v, so v times its gradient adds up to it."""
     sequences = PackedSequences.from_lengths([100])
     q, k, v = random_qkv(2, 2, lengths=[100])
-    output = sdpa.attend(q, k, v, sequences, scale=1.0, softcap=2.0, dropout=0.5)
+    output = sdpa.attend(q, k, v, sequences, scale=1.0, dropout=0.5, **options)
     (of_v,) = torch.autograd.grad(output.sum(), [v])
     torch.testing.assert_close((of_v * v).sum(), output.sum())
 
 
-def test_softcap_keeps_no_scores_for_the_backward():
-    sequences = PackedSequences.from_lengths([2048])
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"dropout": 0.1}], ids=str)
+def test_no_scores_are_kept_for_the_backward(options):
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-        sdpa.attend(*random_qkv(2, 2, lengths=[2048]), sequences, scale=1.0, softcap=2.0)
+        sdpa.attend(*random_qkv(2, 2, lengths=[2048]), PackedSequences.from_lengths([2048]), scale=1.0, **options)
     assert max(sizes) <= 256 * 2048  # the mask of one chunk
 
 

@@ -61,13 +61,15 @@ def attend(
     lengths = sequences.lengths
     if q.device.type == "cpu" and k.shape == v.shape and not (softcap or dropout) and cpu.works():
         return cpu.attend(q, k, v, lengths, scale=scale, window=window)
+    # The public function has no softcap, and on the CPU no dropout without all scores of a sequence in memory.
+    by_matmuls = softcap or (dropout and q.device.type == "cpu")
     of_chunk: Callable[..., Tensor] = functools.partial(_sdpa, scale=scale, dropout=dropout)
-    if softcap:
-        of_chunk = functools.partial(_softcapped, scale=scale, softcap=softcap, dropout=dropout)
+    if by_matmuls:
+        of_chunk = functools.partial(_matmuls, scale=scale, softcap=softcap, dropout=dropout)
     pieces = zip(*(x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for x in (q, k, v)))  # (1, heads, length, D)
     outputs = []
     for piece in pieces:
-        if softcap or 0 < window < piece[0].shape[2]:
+        if by_matmuls or 0 < window < piece[0].shape[2]:
             output = _in_chunks(of_chunk, *piece, window=window)
         else:
             output = of_chunk(*piece, is_causal=True)
@@ -92,10 +94,10 @@ def _in_chunks(of_chunk: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor,
     return torch.cat(outputs, dim=2)
 
 
-def _softcapped(
+def _matmuls(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, scale: float, softcap: float, dropout: float
 ) -> Tensor:
-    """softmax(softcap * tanh(scores / softcap)) @ v, in float32 at least; visible: bool (queries, keys).
+    """Attention of a chunk written out, in float32 at least; visible: bool (queries, keys).
 
     Recomputed in the backward: the scores of all chunks together would be those of the whole sequence.
     """
@@ -105,9 +107,11 @@ def _softcapped(
     def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
             q_grouped = q.to(working).unflatten(1, (-1, groups)).flatten(2, 3)  # (1, K, groups * queries, D)
-            scores = (q_grouped @ k.to(working).transpose(2, 3)).mul(scale / softcap).tanh().mul(softcap)
+            scores = q_grouped * scale @ k.to(working).transpose(2, 3)
+            scores = softcap * torch.tanh(scores / softcap) if softcap else scores
             weights = scores.masked_fill(~visible.repeat(groups, 1), -torch.inf).softmax(-1)
-            output = F.dropout(weights, dropout) @ v.to(working)
+            weights = F.dropout(weights, dropout) if dropout else weights
+            output = weights @ v.to(working)
             return output.unflatten(2, (groups, -1)).flatten(1, 2).to(q.dtype)
 
     return checkpoint(compute, q, k, v, use_reentrant=False, preserve_rng_state=dropout > 0)
