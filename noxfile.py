@@ -21,16 +21,17 @@ if places := os.environ.get("PIP_FIND_LINKS"):
     os.environ.setdefault("UV_FIND_LINKS", ",".join(places.split()))
 
 TORCH = "torch==2.13.0"
+NUMPY_1 = ["numpy<2", "datasets", "pyarrow<21"]  # the last pyarrow that imports beside it
 # The transformers that the tests run on, each with the accelerate and peft of its time: peft 0.21 does not import
 # beside transformers 4.36 and 4.41 and breaks on 4.43, accelerate 1.15 refuses what the Trainer of 4.36 passes it.
 # All of them import, train and save on torch 2.13 and Python 3.11, the 4.x with the numpy they were made for.
 BESIDE = {
-    "4.36.2": ["accelerate==0.25.0", "peft==0.7.1", "numpy<2"],
-    "4.41.2": ["accelerate==0.30.1", "peft==0.11.1", "numpy<2"],
-    "4.43.4": ["accelerate==0.33.0", "peft==0.12.0", "numpy<2"],
-    "4.47.1": ["accelerate==1.2.1", "peft==0.14.0", "numpy<2"],
-    "4.57.6": ["accelerate==1.12.0", "peft==0.18.0", "numpy<2"],
-    "5.23.0": ["accelerate==1.15.0", "peft==0.21.2"],
+    "4.36.2": ["accelerate==0.25.0", "peft==0.7.1", *NUMPY_1],
+    "4.41.2": ["accelerate==0.30.1", "peft==0.11.1", *NUMPY_1],
+    "4.43.4": ["accelerate==0.33.0", "peft==0.12.0", *NUMPY_1],
+    "4.47.1": ["accelerate==1.2.1", "peft==0.14.0", *NUMPY_1],
+    "4.57.6": ["accelerate==1.12.0", "peft==0.18.0", *NUMPY_1],
+    "5.23.0": ["accelerate==1.15.0", "peft==0.21.2", "datasets"],
 }
 VERSIONS = list(BESIDE)
 

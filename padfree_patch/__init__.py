@@ -5,13 +5,17 @@
 Importing this package patches nothing and imports no model code.
 """
 
+from .binning import PackingPlan, plan_packing
 from .collators import DataCollatorForCompletionOnlyLM, DataCollatorWithFlattening
+from .dataset import pack_dataset
 from .errors import LeakError, PadfreeError
 from .estimation import Estimate, estimate
 from .explanation import Explanation, explain
 from .packing import PackedSequences
 from .patching import applied, apply, restore
 from .registry import Patch
+from .samplers import TokenBudgetBatchSampler
+from .unpacking import last_tokens, sequence_log_probs, unpack
 from .verification import Verification, verify
 
 __all__ = [
@@ -21,13 +25,20 @@ __all__ = [
     "Explanation",
     "LeakError",
     "PackedSequences",
+    "PackingPlan",
     "PadfreeError",
     "Patch",
+    "TokenBudgetBatchSampler",
     "Verification",
     "applied",
     "apply",
     "estimate",
     "explain",
+    "last_tokens",
+    "pack_dataset",
+    "plan_packing",
     "restore",
+    "sequence_log_probs",
+    "unpack",
     "verify",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from .errors import PadfreeError
+from .forward import IGNORED_LABEL
 from .packing import PackedSequences
 
 
@@ -33,6 +35,12 @@ class DataCollatorWithFlattening:
             `packed_sequences`. An unpatched model refuses or ignores them.
         return_seq_idx: return `seq_idx`, the number of the example that a token belongs to, int32 (1, T).
         position_ids_start: position of each example's first token.
+        pad_to_multiple_of: lengthen the row to a multiple of it by one more sequence, of padding, with labels -100.
+        pad_token_id: what that sequence consists of.
+        max_tokens: leave out what would make the row longer, examples at the end of the batch; `dropped_examples` and
+            `dropped_tokens` count them, and a warning says so.
+        token_fields: names of more fields with a value per token, which are joined like the tokens (padding: 0).
+        example_fields: names of fields with a value per example, which are stacked: (examples, ...).
     """
 
     def __init__(
@@ -44,6 +52,11 @@ class DataCollatorWithFlattening:
         return_flash_attn_kwargs: bool = False,
         return_seq_idx: bool = False,
         position_ids_start: int = 0,
+        pad_to_multiple_of: int | None = None,
+        pad_token_id: int = 0,
+        max_tokens: int | None = None,
+        token_fields: Sequence[str] = (),
+        example_fields: Sequence[str] = (),
     ):
         self.return_tensors = return_tensors
         self.return_position_ids = return_position_ids
@@ -51,6 +64,12 @@ class DataCollatorWithFlattening:
         self.return_flash_attn_kwargs = return_flash_attn_kwargs
         self.return_seq_idx = return_seq_idx
         self.position_ids_start = position_ids_start
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.pad_token_id = pad_token_id
+        self.max_tokens = max_tokens
+        self.token_fields = token_fields
+        self.example_fields = example_fields
+        self.dropped_examples = self.dropped_tokens = 0
 
     def __call__(
         self,
@@ -61,7 +80,8 @@ class DataCollatorWithFlattening:
         """Flattens examples.
 
         Args:
-            features: each with `input_ids` and, if one has them, `labels`, lists or 1-D tensors of one length.
+            features: each with `input_ids` and, if one has them, `labels`, lists or 1-D tensors of one length. One that
+                holds several examples itself (`pack_dataset`) says so by `seq_lengths` or `position_ids` that restart.
             return_tensors, separator_id: instead of those given to the constructor.
 
         Returns int64 `input_ids` and `labels` (1, T), and what the constructor was asked for.
@@ -76,23 +96,50 @@ class DataCollatorWithFlattening:
         labels = [_values(feature, "labels", i) for i, feature in enumerate(features)] if has_labels else tokens
         for i, feature in enumerate(features):
             _check_example(i, len(features), tokens[i], labels[i], feature.get("attention_mask"))
-        sequences = PackedSequences.from_lengths(map(len, tokens))
+        kept = self._kept([len(each) for each in tokens])
+        features, tokens, labels = features[:kept], tokens[:kept], labels[:kept]
+        lengths = [length for i, each in enumerate(features) for length in _lengths_inside(each, len(tokens[i]), i)]
+        padding = -sum(lengths) % (self.pad_to_multiple_of or 1)
+        sequences = PackedSequences.from_lengths([*lengths, padding] if padding else lengths)
         positions = sequences.position_ids().numpy()
+        joined = np.concatenate(labels)
         batch: dict[str, Any] = {
-            "input_ids": np.concatenate(tokens)[None],
-            "labels": np.where(positions == 0, separator, np.concatenate(labels))[None],
+            "input_ids": _row(tokens, padding, self.pad_token_id),
+            "labels": np.where(positions[: len(joined)] == 0, separator, joined)[None],
         }
+        if padding:
+            batch["labels"] = _row([batch["labels"][0]], padding, IGNORED_LABEL)
         if self.return_position_ids:
             batch["position_ids"] = (positions + self.position_ids_start)[None]
         if self.return_seq_idx:
-            batch["seq_idx"] = np.repeat(np.arange(len(tokens), dtype=np.int32), sequences.lengths)[None]
+            batch["seq_idx"] = np.repeat(np.arange(len(sequences), dtype=np.int32), sequences.lengths)[None]
         if self.return_flash_attn_kwargs:
             batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = sequences.cu_seqlens.numpy()
             batch["max_length_q"] = batch["max_length_k"] = sequences.max_seqlen
+        for name in self.token_fields:
+            batch[name] = _row(_fields(features, name, tokens), padding, 0)
+        for name in self.example_fields:
+            batch[name] = np.stack(_fields(features, name))
         batch = _as_tensors(batch, return_tensors or self.return_tensors)
         if self.return_flash_attn_kwargs:
             batch["packed_sequences"] = sequences
         return batch
+
+    def _kept(self, lengths: list[int]) -> int:
+        """How many of the features fit into `max_tokens`; counts the others."""
+        if self.max_tokens is None or sum(lengths) <= self.max_tokens:
+            return len(lengths)
+        kept = int(np.searchsorted(np.cumsum(lengths), self.max_tokens, side="right"))
+        if not kept:
+            raise PadfreeError(f"the first example has {lengths[0]} tokens, more than max_tokens={self.max_tokens}")
+        self.dropped_examples += len(lengths) - kept
+        self.dropped_tokens += sum(lengths[kept:])
+        warnings.warn(
+            f"left out {len(lengths) - kept} of {len(lengths)} examples over max_tokens={self.max_tokens}; "
+            "with TokenBudgetBatchSampler none has to be",
+            stacklevel=3,
+        )
+        return kept
 
 
 class DataCollatorForCompletionOnlyLM:
@@ -215,6 +262,48 @@ def _values(feature: Mapping[str, Any], name: str, index: int) -> np.ndarray[Any
     if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
         raise PadfreeError(f"example {index}: {name} must be integers (T,), found {values.dtype} {values.shape}")
     return values.astype(np.int64)
+
+
+def _lengths_inside(feature: Mapping[str, Any], tokens: int, index: int) -> list[int]:
+    """Tokens per example of a feature that may be a packed row of several."""
+    found = {}
+    if feature.get("seq_lengths") is not None:
+        found["seq_lengths"] = _values(feature, "seq_lengths", index).tolist()
+    if feature.get("position_ids") is not None:
+        positions = _values(feature, "position_ids", index)
+        if len(positions) != tokens:
+            raise PadfreeError(f"example {index} has {tokens} tokens, but {len(positions)} position_ids")
+        found["position_ids"] = list(PackedSequences.from_position_ids(torch.from_numpy(positions)).lengths)
+    if not found:
+        return [tokens]
+    lengths = next(iter(found.values()))
+    if sum(lengths) != tokens or any(other != lengths for other in found.values()):
+        said = " and ".join(f"{name} say {each}" for name, each in found.items())
+        raise PadfreeError(f"example {index} has {tokens} tokens, but {said}")
+    return lengths
+
+
+def _row(parts: Sequence[np.ndarray[Any, Any]], padding: int, value: int) -> np.ndarray[Any, Any]:
+    """(1, T): the parts one after the other, and padding."""
+    return np.pad(np.concatenate(parts), (0, padding), constant_values=value)[None]
+
+
+def _fields(
+    features: Sequence[Mapping[str, Any]], name: str, tokens: Sequence[np.ndarray[Any, Any]] | None = None
+) -> list[np.ndarray[Any, Any]]:
+    """A field of every feature; as many values as tokens, if those are given."""
+    found = []
+    for i, feature in enumerate(features):
+        if feature.get(name) is None:
+            raise PadfreeError(f"example {i} of {len(features)} has no {name}; it has {', '.join(feature)}")
+        found.append(np.asarray(feature[name]))
+        wanted = found[0].shape if tokens is None else (len(tokens[i]),)
+        if found[i].shape != wanted or found[i].dtype.kind not in "iufb":
+            raise PadfreeError(
+                f"example {i} of {len(features)}: {name} must be numbers {wanted}, "
+                f"found {found[i].dtype} {found[i].shape}"
+            )
+    return found
 
 
 def _check_example(

@@ -211,3 +211,60 @@ def test_missing_template_is_loud(text, options, message):
 def test_completion_only_refuses_nonsense(options, message):
     with pytest.raises(PadfreeError, match=message):
         collate(["Q:A:x"], **options)
+
+
+def test_padding_is_one_more_sequence_that_trains_nothing():
+    collator = DataCollatorWithFlattening(
+        return_flash_attn_kwargs=True, return_seq_idx=True, pad_to_multiple_of=4, pad_token_id=9
+    )
+    batch = collator([{"input_ids": [1, 2]}, {"input_ids": [3, 4, 5]}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 9, 9, 9]]
+    assert batch["labels"].tolist() == [[-100, 2, -100, 4, 5, -100, -100, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 2]]
+    assert batch["seq_idx"].tolist() == [[0, 0, 1, 1, 1, 2, 2, 2]]
+    assert batch["packed_sequences"].lengths == (2, 3, 3)
+    assert collator([{"input_ids": [1, 2, 3, 4]}])["packed_sequences"].lengths == (4,)
+
+
+def test_what_is_over_max_tokens_is_left_out_and_counted():
+    collator = DataCollatorWithFlattening(max_tokens=5)
+    features = [{"input_ids": [1, 2]}, {"input_ids": [3, 4]}, {"input_ids": [5, 6]}, {"input_ids": [7]}]
+    assert collator(features[:2])["input_ids"].tolist() == [[1, 2, 3, 4]]
+    assert (collator.dropped_examples, collator.dropped_tokens) == (0, 0)
+    with pytest.warns(UserWarning, match="left out 2 of 4 examples over max_tokens=5; with TokenBudgetBatchSampler"):
+        assert collator(features)["input_ids"].tolist() == [[1, 2, 3, 4]]
+    assert (collator.dropped_examples, collator.dropped_tokens) == (2, 3)
+    with pytest.raises(PadfreeError, match="the first example has 6 tokens, more than max_tokens=5"):
+        collator([{"input_ids": [1] * 6}])
+
+
+def test_other_fields_are_carried_per_token_and_per_example():
+    features = [
+        {"input_ids": [1, 2], "weight": [0.5, 1.0], "score": 3.0, "pair": [1, 2]},
+        {"input_ids": [3], "weight": [2.0], "score": 4.0, "pair": [3, 4]},
+    ]
+    collator = DataCollatorWithFlattening(
+        token_fields=["weight"], example_fields=["score", "pair"], pad_to_multiple_of=4
+    )
+    batch = collator(features)
+    assert batch["weight"].tolist() == [[0.5, 1.0, 2.0, 0.0]]
+    assert batch["score"].tolist() == [3.0, 4.0]
+    assert batch["pair"].tolist() == [[1, 2], [3, 4]]
+    assert set(DataCollatorWithFlattening()(features)) == {"input_ids", "labels", "position_ids"}  # as upstream
+    with pytest.raises(PadfreeError, match=r"example 1 of 2: weight must be numbers \(1,\), found float64 \(2,\)"):
+        collator([features[0], {**features[1], "weight": [1.0, 2.0]}])
+    with pytest.raises(PadfreeError, match="example 1 of 2 has no score"):
+        collator([features[0], {"input_ids": [3], "weight": [2.0], "pair": [3, 4]}])
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "message"),
+    [
+        ({"seq_lengths": [1, 1]}, r"example 0 has 3 tokens, but seq_lengths say \[1, 1\]"),
+        ({"position_ids": [0, 1]}, "example 0 has 3 tokens, but 2 position_ids"),
+        ({"seq_lengths": [1, 2], "position_ids": [0, 1, 0]}, r"seq_lengths say \[1, 2\] and position_ids say \[2, 1\]"),
+    ],
+)
+def test_packed_rows_that_contradict_themselves_are_errors(boundaries, message):
+    with pytest.raises(PadfreeError, match=message):
+        DataCollatorWithFlattening()([{"input_ids": [1, 2, 3], **boundaries}])

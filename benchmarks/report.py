@@ -1,0 +1,153 @@
+"""Writes docs/benchmarks.md from the results in docs/benchmarks/ and the text in page.md.
+
+.venv/bin/nox -s benchmark -- report
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "benchmarks"
+PAGE = ROOT / "docs" / "benchmarks.md"
+TEXT = Path(__file__).with_name("page.md")
+PARTS = ("linear layers", "head and loss", "attention", "the rest")
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page())
+    print(f"wrote {PAGE}")
+
+
+def page() -> str:
+    """The text with the tables and figures in their places."""
+    step, attention, scaling, overhead = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("step", "attention", "scaling", "overhead")
+    )
+    fits = scaling["fits"]
+    return TEXT.read_text().format(
+        **{name: step["environment"][name] for name in ("threads", "cpu", "torch", "transformers")},
+        step=step_table(step["ratios"]),
+        waited=f"{max(each['waited_share'] for each in step['ratios']):.0%}",
+        profile=table(
+            ("model", *PARTS),
+            ((name, *(f"{of.get(part, 0):.0%}" for part in PARTS)) for name, of in step["profiles"].items()),
+        ),
+        memory=memory_table(step["memory"]),
+        attention=attention_table(attention["speeds"]),
+        errors=table(
+            ("dtype", "", "output", "gradients"),
+            ((e["dtype"], e["name"], f"{e['output']:.1e}", f"{e['gradients']:.1e}") for e in attention["errors"]),
+        ),
+        options=table(
+            ("dtype", "option", "time"), ((e["dtype"], e["option"], f"{e['ratio']:.2f}") for e in attention["options"])
+        ),
+        length=scaling["length"],
+        per_token=f"{1e3 * fits['packed']['per_token']:.3f}",
+        r_squared=f"{fits['packed']['r_squared']:.4f}",
+        exponent=f"{fits['packed']['exponent']:.2f}",
+        native_exponent=f"{fits['native']['exponent']:.2f}",
+        scaling=scaling_table(scaling["rows"]),
+        overhead=overhead_table(overhead["calls"]),
+        apply=f"{1e3 * overhead['apply_32_layers_seconds']:.1f}",
+        verify=f"{1e3 * overhead['verify_4_layers_seconds']:.0f}",
+        syncs=", ".join(f"{count} {name}" for name, count in overhead["syncs_per_step"].items()),
+    )
+
+
+def step_table(ratios: list[dict[str, Any]]) -> str:
+    columns = (
+        "model",
+        "data",
+        "batch",
+        "padding-free over the ceiling",
+        "over padded",
+        "of what is possible",
+        "over native",
+        "real tokens/s",
+        "padded batches timed",
+    )
+    rows = []
+    for each in ratios:
+        padded = each.get("packed_over_padded")
+        rows.append(
+            (
+                *(each[name] for name in ("model", "data", "batch_size")),
+                f"**{spread(each['packed_over_ceiling'])}**",
+                spread(padded),
+                spread(each.get("share_of_possible")),
+                spread(each["packed_over_native"]),
+                f"{each['real_tokens_per_second']['packed']['median']:.0f}",
+                f"{padded['count'] if padded else 0} of {each['packed_over_ceiling']['count']}",
+            )
+        )
+    return table(columns, rows)
+
+
+def memory_table(found: list[dict[str, Any]]) -> str:
+    rows = []
+    for data in dict.fromkeys(each["data"] for each in found):
+        padded, packed = (
+            next(each for each in found if (each["data"], each["kind"]) == (data, kind))
+            for kind in ("padded", "packed")
+        )
+        growth = [each["peak_bytes"] - each["held_bytes"] for each in (padded, packed)]
+        peaks = [each["peak_bytes"] for each in (padded, packed)]
+        in_gib = (f"{peak / 2**30:.2f} GiB" for peak in peaks)
+        rows.append((data, *in_gib, f"**{peaks[1] / peaks[0] - 1:+.0%}**", f"{growth[1] / growth[0] - 1:+.0%}"))
+    return table(("data", "padded", "padding-free", "peak", "growth"), rows)
+
+
+def attention_table(speeds: list[dict[str, Any]]) -> str:
+    names = list(speeds[0]["ratios"])
+    rows = []
+    for each in speeds:
+        cells = (
+            spread({"median": each["ratios"][name], "min": each["spread"][name][0], "max": each["spread"][name][1]})
+            for name in names[1:]
+        )
+        rows.append((each["dtype"], each["shape"], each["lengths"], *cells, f"{each['milliseconds']:.0f} ms"))
+    return table(("dtype", "shape", "lengths", *names[1:], "the 1.00"), rows)
+
+
+def scaling_table(found: list[dict[str, Any]]) -> str:
+    rows = []
+    for row in found:
+        packed, native = row["medians"]["packed"], row["medians"].get("native")
+        compared = (f"{native:.2f}", f"**{native / packed:.2f} x**") if native else ("not run", "")
+        rows.append((f"{row['tokens']:,}", f"{packed:.2f}", *compared))
+    return table(("tokens in the row", "padding-free, s", "native, s", "padding-free over native"), rows)
+
+
+def overhead_table(calls: dict[str, dict[str, Any]]) -> str:
+    rows = []
+    for name, each in calls.items():
+        before, after = each["counts"]["unpatched"], each["counts"]["patched"]
+        rows.append(
+            (
+                name,
+                f"{1e6 * each['added_seconds']:.0f} µs",
+                f"**{each['added_share']:.2%}**",
+                *(f"{before[what]} to {after[what]}" for what in ("operators", "syncs")),
+            )
+        )
+    return table(("ordinary call", "added", "of the forward", "operators", "syncs"), rows)
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    columns = list(columns)
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+
+
+def spread(each: dict[str, float] | None) -> str:
+    """Median, smallest and largest."""
+    return f"{each['median']:.2f} ({each['min']:.2f}-{each['max']:.2f})" if each else "-"
+
+
+if __name__ == "__main__":
+    main()

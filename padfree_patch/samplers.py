@@ -1,0 +1,112 @@
+"""A batch sampler by tokens instead of examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from .binning import best_fit_decreasing, check_lengths
+from .errors import PadfreeError
+
+
+class TokenBudgetBatchSampler(Sampler[list[int]]):
+    """Batches of examples that together have at most `max_tokens` tokens, for a collator that flattens them.
+
+    Every example comes once per epoch. The number of batches is a multiple of `num_replicas` (a batch is divided where
+    it must be), and each `num_replicas` batches that follow one another cost about the same attention, sum of length
+    squared, so that no process waits long for another.
+
+    Pass it as `batch_sampler=` to a DataLoader. With accelerate or the Trainer leave `rank` out: they give each process
+    every `num_replicas`-th batch themselves.
+
+    Args:
+        lengths: tokens per example, from 1 to `max_tokens`.
+        max_tokens: tokens that a batch holds at most.
+        num_replicas: processes that train together.
+        rank: which of them this is, from 0; None yields the batches of all.
+        seed: of the random order, which differs from epoch to epoch (`set_epoch`).
+        window: examples, drawn at random, among which batches are put together: more of them fill batches better,
+            fewer mix them more.
+
+    Raises PadfreeError if a length is out of range, there are fewer examples than replicas, or no such rank.
+    """
+
+    def __init__(
+        self,
+        lengths: Iterable[int],
+        *,
+        max_tokens: int,
+        num_replicas: int = 1,
+        rank: int | None = None,
+        seed: int = 0,
+        window: int = 8192,
+    ):
+        self.lengths = check_lengths(lengths, max_tokens)
+        if num_replicas < 1 or (rank is not None and not 0 <= rank < num_replicas):
+            raise PadfreeError(f"rank {rank} of num_replicas {num_replicas}: ranks go from 0 to num_replicas - 1")
+        if len(self.lengths) < num_replicas:
+            raise PadfreeError(f"{len(self.lengths)} examples can't give {num_replicas} processes a batch each")
+        self.max_tokens, self.num_replicas, self.rank, self.seed, self.window = (
+            max_tokens,
+            num_replicas,
+            rank,
+            seed,
+            window,
+        )
+        self._epoch, self._begun, self._skip = 0, 0, 0
+        self._planned: tuple[int, list[list[int]]] | None = None
+
+    def __len__(self) -> int:
+        """Batches that this rank gets in this epoch."""
+        return len(self._of_all()) // (1 if self.rank is None else self.num_replicas)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = self._of_all()
+        if self.rank is not None:
+            batches = batches[self.rank :: self.num_replicas]
+        self._begun, self._skip = self._skip, 0
+        for batch in batches[self._begun :]:
+            self._begun += 1  # before the yield: what was handed out counts
+            yield batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """The order of this epoch, from 0; loaders of accelerate and the Trainer call it."""
+        if epoch != self._epoch:
+            self._epoch, self._begun = epoch, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where this rank is: the epoch, and how many of its batches were handed out."""
+        return {"epoch": self._epoch, "batches": self._begun, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues there: the next pass leaves out the batches that were handed out."""
+        if state["seed"] != self.seed:
+            raise PadfreeError(f"the saved order has seed {state['seed']}, this sampler {self.seed}")
+        self._epoch, self._skip = state["epoch"], state["batches"]
+        self._begun = self._skip
+
+    def _of_all(self) -> list[list[int]]:
+        if self._planned is None or self._planned[0] != self._epoch:
+            self._planned = self._epoch, self._plan(np.random.default_rng((self.seed, self._epoch)))
+        return self._planned[1]
+
+    def _plan(self, generator: np.random.Generator) -> list[list[int]]:
+        order = generator.permutation(len(self.lengths))
+        batches: list[list[int]] = []
+        for start in range(0, len(order), self.window):
+            drawn = order[start : start + self.window]
+            rows = best_fit_decreasing(self.lengths[drawn], self.max_tokens)
+            batches += [drawn[row].tolist() for row in rows]
+        while len(batches) % self.num_replicas:
+            fullest = max(range(len(batches)), key=lambda i: len(batches[i]))
+            batch = batches[fullest]
+            batches[fullest], rest = batch[::2], batch[1::2]
+            batches.append(rest)
+        batches.sort(key=self._attention_cost)
+        steps = [batches[i : i + self.num_replicas] for i in range(0, len(batches), self.num_replicas)]
+        return [batch for i in generator.permutation(len(steps)) for batch in steps[i]]
+
+    def _attention_cost(self, batch: list[int]) -> int:
+        return int((self.lengths[batch].astype(np.int64) ** 2).sum())

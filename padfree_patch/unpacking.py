@@ -1,0 +1,67 @@
+"""From a packed batch back to its examples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import PadfreeError
+from .packing import PackedSequences
+
+
+def unpack(packed: Tensor, sequences: PackedSequences) -> list[Tensor]:
+    """Per-example views of something that has a value per token of a packed batch.
+
+    Args:
+        packed: (B, T, ...) such as logits, or (B * T, ...).
+        sequences: of the batch: its `packed_sequences`, or `PackedSequences.from_position_ids(batch["position_ids"])`.
+
+    Returns (length, ...) per sequence; with `pad_to_multiple_of` the last one is the padding.
+
+    Raises PadfreeError if `packed` has another number of tokens.
+
+    >>> unpack(torch.tensor([[7, 8, 9]]), PackedSequences.from_lengths([1, 2]))
+    [tensor([7]), tensor([8, 9])]
+    """
+    return list(_tokens_first(packed, sequences).split(list(sequences.lengths)))
+
+
+def last_tokens(packed: Tensor, sequences: PackedSequences) -> Tensor:
+    """What stands at each sequence's last token, (sequences, ...): the pooling of classifiers and reward models.
+
+    Arguments and errors as of `unpack`; differentiable, and without a device sync.
+
+    >>> last_tokens(torch.tensor([[7, 8, 9]]), PackedSequences.from_lengths([1, 2]))
+    tensor([7, 9])
+    """
+    tokens = _tokens_first(packed, sequences)
+    return tokens.index_select(0, sequences.cu_seqlens[1:].long().to(tokens.device) - 1)
+
+
+def sequence_log_probs(logits: Tensor, labels: Tensor, sequences: PackedSequences) -> Tensor:
+    """Log-probability of each sequence's labels, float32 (sequences,): what preference losses such as DPO compare.
+
+    Args:
+        logits: (B, T, vocabulary).
+        labels: int64 (B, T); -100 is left out, and so is every sequence's first token, which nothing predicts.
+        sequences: of the batch. With chosen examples before rejected ones, the first half of the result is theirs.
+
+    Raises PadfreeError if logits or labels have another number of tokens.
+    """
+    flat_logits, flat_labels = _tokens_first(logits, sequences), _tokens_first(labels, sequences)
+    starts = sequences.cu_seqlens[:-1].long().to(flat_labels.device)
+    following = flat_labels.index_fill(0, starts, -100).roll(-1)
+    losses = torch.nn.functional.cross_entropy(flat_logits.float(), following, ignore_index=-100, reduction="none")
+    owner = torch.repeat_interleave(
+        torch.arange(len(sequences), device=losses.device),
+        sequences.cu_seqlens.diff().long().to(losses.device),
+        output_size=sequences.total,
+    )
+    return -losses.new_zeros(len(sequences)).index_add(0, owner, losses)
+
+
+def _tokens_first(packed: Tensor, sequences: PackedSequences) -> Tensor:
+    for tokens in (packed.shape[0], packed.shape[:2].numel()):
+        if tokens == sequences.total:
+            return packed if packed.shape[0] == tokens else packed.flatten(0, 1)
+    raise PadfreeError(f"{sequences} don't fit something of shape {tuple(packed.shape)}")

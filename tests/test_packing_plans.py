@@ -1,0 +1,196 @@
+"""Rows filled by best-fit decreasing, batches by a token budget: nothing lost, nothing over, little empty."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from padfree_patch import (
+    DataCollatorWithFlattening,
+    PadfreeError,
+    TokenBudgetBatchSampler,
+    pack_dataset,
+    plan_packing,
+)
+
+
+def uneven_lengths(count=3000, most=512, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.exp(torch.randn(count, generator=generator) + 4.2).clamp(1, most).long().tolist()
+
+
+def test_every_example_is_in_one_row_and_no_row_is_over():
+    lengths = uneven_lengths()
+    plan = plan_packing(lengths, 600)
+    assert sorted(example for row in plan.rows for example in row) == list(range(len(lengths)))
+    filled = [sum(lengths[example] for example in row) for row in plan.rows]
+    assert max(filled) <= 600
+    assert plan.waste == pytest.approx(1 - sum(filled) / (600 * len(filled)))
+    assert plan.waste < 0.02  # each example in a row of its own would waste 80 %
+    assert plan.steps(8, rows_per_step=2) == (375, -(-len(plan.rows) // 2))
+    assert f"in {len(plan.rows)} rows" in str(plan)
+
+
+def test_best_fit_is_the_fullest_row_that_has_room():
+    """By hand: 6, then 5 does not fit beside it; 3 goes to the 5, 2 to the 6 (both have 2 left), 2 to the 5."""
+    assert plan_packing([3, 5, 2, 6], 8).rows == [[3, 2], [1, 0]]
+    assert plan_packing([4, 4, 4], 8).rows == [[0, 1], [2]]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [([], "no examples"), ([3, 0], "example 1 has 0 tokens"), ([3, 9, 8], "1 of 3 examples have more than 8 tokens")],
+)
+@pytest.mark.parametrize("use", [plan_packing, lambda lengths, most: TokenBudgetBatchSampler(lengths, max_tokens=most)])
+def test_lengths_that_cannot_be_packed_are_errors(use, lengths, message):
+    with pytest.raises(PadfreeError, match=message):
+        use(lengths, 8)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 7])
+def test_ranks_share_an_epoch_evenly(replicas):
+    lengths = np.array(uneven_lengths(500))
+    options = {"max_tokens": 600, "num_replicas": replicas}
+    ranks = [list(TokenBudgetBatchSampler(lengths, rank=rank, **options)) for rank in range(replicas)]
+    assert len({len(batches) for batches in ranks}) == 1
+    assert len(ranks[0]) == len(TokenBudgetBatchSampler(lengths, rank=0, **options))
+    seen = Counter(example for batches in ranks for batch in batches for example in batch)
+    assert seen == Counter(range(500))
+    assert all(lengths[batch].sum() <= 600 for batches in ranks for batch in batches)
+    together = list(TokenBudgetBatchSampler(lengths, **options))
+    assert [together[rank::replicas] for rank in range(replicas)] == ranks  # as accelerate deals them out
+
+
+def test_batches_of_one_step_cost_alike():
+    lengths = np.array(uneven_lengths(2000))
+    batches = list(TokenBudgetBatchSampler(lengths, max_tokens=600, num_replicas=4))
+    costs = np.array([(lengths[batch] ** 2).sum() for batch in batches]).reshape(-1, 4)
+    slowest = costs.max(1).sum()
+    shuffled = np.random.default_rng(0).permutation(costs.reshape(-1)).reshape(-1, 4).max(1).sum()
+    assert slowest < 1.02 * costs.mean(1).sum() < shuffled  # the control: at random, ranks wait for each other
+
+
+def test_epochs_differ_and_repeat():
+    sampler = TokenBudgetBatchSampler(uneven_lengths(300), max_tokens=600)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert first != second
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+    assert list(TokenBudgetBatchSampler(uneven_lengths(300), max_tokens=600, seed=1)) != first
+
+
+def test_resumes_in_the_middle_of_an_epoch():
+    sampler = TokenBudgetBatchSampler(uneven_lengths(300), max_tokens=600)
+    sampler.set_epoch(3)
+    whole = list(sampler)
+    batches = iter(sampler)
+    begun = [next(batches) for _ in range(5)]
+    state = json.loads(json.dumps(sampler.state_dict()))
+    other = TokenBudgetBatchSampler(uneven_lengths(300), max_tokens=600)
+    other.load_state_dict(state)
+    assert begun + list(other) == whole
+    assert list(other) == whole  # the next pass is a whole one
+    with pytest.raises(PadfreeError, match="seed 0, this sampler 5"):
+        TokenBudgetBatchSampler([1], max_tokens=2, seed=5).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"num_replicas": 2, "rank": 2}, "rank 2 of num_replicas 2"), ({"num_replicas": 4}, "3 examples can't give 4")],
+)
+def test_ranks_that_cannot_be_are_errors(options, message):
+    with pytest.raises(PadfreeError, match=message):
+        TokenBudgetBatchSampler([1, 2, 3], max_tokens=8, **options)
+
+
+def test_loader_makes_rows_within_the_budget():
+    examples = [{"input_ids": list(range(1, n + 1))} for n in uneven_lengths(100)]
+    sampler = TokenBudgetBatchSampler([len(each["input_ids"]) for each in examples], max_tokens=600)
+    rows = list(DataLoader(examples, batch_sampler=sampler, collate_fn=DataCollatorWithFlattening()))
+    assert len(rows) == len(sampler)
+    assert max(row["input_ids"].shape[1] for row in rows) <= 600
+    assert sum(int((row["position_ids"] == 0).sum()) for row in rows) == 100
+
+
+def dataset_of(lengths):
+    return datasets.Dataset.from_dict(
+        {
+            "input_ids": [[100 * i + j for j in range(n)] for i, n in enumerate(lengths)],
+            "labels": [[-(100 * i + j) for j in range(n)] for i, n in enumerate(lengths)],
+            "text": [str(n) for n in lengths],
+        }
+    )
+
+
+def examples_in(packed, name="input_ids"):
+    """Every example of a packed data set, in the order of its first token."""
+    found = []
+    for row in packed:
+        ends = np.cumsum(row["seq_lengths"])
+        found += [row[name][end - length : end] for end, length in zip(ends, row["seq_lengths"])]
+        restarts = [i for i, position in enumerate(row["position_ids"]) if position == 0]
+        assert restarts == [end - length for end, length in zip(ends, row["seq_lengths"])]
+    return sorted(found, key=lambda each: abs(each[0]))
+
+
+def test_packed_data_set_holds_every_example_whole():
+    lengths = [5, 3, 7, 2, 8, 1, 4]
+    data = dataset_of(lengths)
+    packed = pack_dataset(data, 8)
+    assert set(packed.column_names) == {"input_ids", "labels", "position_ids", "seq_lengths"}
+    assert max(len(row) for row in packed["input_ids"]) <= 8
+    assert len(packed) == len(plan_packing(lengths, 8).rows)
+    assert examples_in(packed) == data["input_ids"][:]
+    assert examples_in(packed, "labels") == data["labels"][:]
+    selected = data.select([2, 4, 0])  # with Arrow's indices mapping
+    assert examples_in(pack_dataset(selected, 8)) == [data[i]["input_ids"] for i in (0, 2, 4)]
+
+
+@pytest.mark.parametrize("keep", [("input_ids", "labels", "position_ids"), ("input_ids", "labels", "seq_lengths")])
+def test_collator_finds_the_examples_of_packed_rows_again(keep):
+    """position_ids are what the Trainer's remove_unused_columns leaves."""
+    packed = pack_dataset(dataset_of([5, 3, 7, 2, 8, 1, 4]), 8).select_columns(list(keep))
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)([packed[0], packed[1], packed[2]])
+    expected = [
+        n for row in plan_packing([5, 3, 7, 2, 8, 1, 4], 8).rows[:3] for n in (np.array([5, 3, 7, 2, 8, 1, 4])[row])
+    ]
+    assert list(batch["packed_sequences"].lengths) == expected
+    assert (batch["labels"] == -100).sum() == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("too_long", "expected", "logged"),
+    [
+        ("cut", [[0, 1, 2, 3], [100, 101]], "cut 1 of 2 examples, by 5 tokens"),
+        ("drop", [[100, 101]], "left out 1 of 2 examples, 9 tokens"),
+        ("split", [[0, 1, 2, 3], [4, 5, 6, 7], [8], [100, 101]], "split 1 of 2 examples into 3"),
+    ],
+)
+def test_too_long_examples_are_treated_as_asked_and_counted(caplog, too_long, expected, logged):
+    with caplog.at_level(logging.INFO, "padfree_patch.dataset"):
+        packed = pack_dataset(dataset_of([9, 2]), 4, too_long=too_long)
+    assert examples_in(packed) == expected
+    assert logged in caplog.text
+
+
+def test_data_that_cannot_be_packed_is_an_error():
+    data = dataset_of([9, 2])
+    with pytest.raises(PadfreeError, match="1 of 2 examples have more than 4 tokens, example 0 has 9"):
+        pack_dataset(data, 4)
+    with pytest.raises(PadfreeError, match="no column 'tokens' to pack by; the dataset has input_ids, labels, text"):
+        pack_dataset(data, 9, column="tokens")
+    with pytest.raises(PadfreeError, match="column 'text' holds no lists"):
+        pack_dataset(data, 9, column="text")
+    with pytest.raises(PadfreeError, match="too_long='wrap'"):
+        pack_dataset(data, 9, too_long="wrap")
+    with pytest.raises(PadfreeError, match="example 1 has 0 tokens"):
+        pack_dataset(dataset_of([9, 0]), 9)

@@ -1,0 +1,57 @@
+"""What a packed batch gives back per example is what each example gives alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from padfree_patch import PackedSequences, PadfreeError, applied, last_tokens, sequence_log_probs, unpack
+from padfree_patch.testing import examples, pack
+
+LENGTHS = (5, 1, 9)
+
+
+@pytest.fixture
+def outputs(make):
+    """A packed batch's logits, its sequences, and the logits of each example alone."""
+    model = make()
+    alone = [model(input_ids=ids).logits[0] for ids in examples(LENGTHS)]
+    batch = pack(examples(LENGTHS))
+    with applied(model):
+        return model(**batch).logits, PackedSequences.from_position_ids(batch["position_ids"]), alone
+
+
+def test_unpack_gives_each_example_its_own(outputs):
+    logits, sequences, alone = outputs
+    assert [len(each) for each in unpack(logits, sequences)] == list(LENGTHS)
+    for packed in (logits, logits[0]):
+        for found, expected in zip(unpack(packed, sequences), alone):
+            torch.testing.assert_close(found, expected)
+
+
+def test_last_tokens_pool_each_example(outputs):
+    logits, sequences, alone = outputs
+    torch.testing.assert_close(last_tokens(logits, sequences), torch.stack([each[-1] for each in alone]))
+    last_tokens(logits, sequences).sum().backward()
+
+
+def test_rows_of_a_batch_are_unpacked_too():
+    sequences = PackedSequences.from_position_ids(torch.tensor([[0, 1, 0], [0, 0, 1]]))
+    found = unpack(torch.tensor([[1, 2, 3], [4, 5, 6]]), sequences)
+    assert [each.tolist() for each in found] == [[1, 2], [3], [4], [5, 6]]
+
+
+def test_log_probs_are_those_of_each_example_alone(outputs):
+    logits, sequences, alone = outputs
+    ids = torch.cat(examples(LENGTHS), dim=1)
+    labels = ids.clone()
+    labels[0, 7] = -100  # the second token of the last example
+    found = sequence_log_probs(logits, labels, sequences)
+    for i, (each, of_labels) in enumerate(zip(alone, labels[0].split(LENGTHS))):
+        expected = sum(each[t].log_softmax(-1)[of_labels[t + 1]] for t in range(len(each) - 1) if of_labels[t + 1] >= 0)
+        torch.testing.assert_close(found[i], found.new_tensor(float(torch.as_tensor(expected).detach())))
+
+
+def test_other_numbers_of_tokens_are_errors():
+    with pytest.raises(PadfreeError, match=r"2 sequences, 5 tokens.* don't fit something of shape \(1, 4\)"):
+        unpack(torch.zeros(1, 4), PackedSequences.from_lengths([2, 3]))
