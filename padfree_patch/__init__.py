@@ -6,6 +6,7 @@ Importing this package patches nothing and imports no model code.
 """
 
 from .binning import PackingPlan, plan_packing
+from .callback import PaddingFreeCallback
 from .collators import DataCollatorForCompletionOnlyLM, DataCollatorWithFlattening
 from .dataset import pack_dataset
 from .errors import LeakError, PadfreeError
@@ -26,6 +27,7 @@ __all__ = [
     "LeakError",
     "PackedSequences",
     "PackingPlan",
+    "PaddingFreeCallback",
     "PadfreeError",
     "Patch",
     "TokenBudgetBatchSampler",

@@ -1,0 +1,92 @@
+"""What the callback logs is what the batches held, and a run that is not packed does not go unnoticed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from padfree_patch import DataCollatorWithFlattening, PaddingFreeCallback, PadfreeError, apply
+from padfree_patch.testing import SyncCounter
+
+LENGTHS = [5, 9, 2, 12, 7, 7, 3, 4]
+FIGURES = {"tokens_per_second", "padding_saved", "sequences_per_row", "longest_row", "peak_memory_gib"}
+
+
+def trainer_of(model, tmp_path, *, batch_size=4, collator=None, callbacks=(), **options):
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(2, 90, (n,), generator=generator).tolist()} for n in LENGTHS]
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=batch_size, report_to=[], logging_steps=1, use_cpu=True, **options
+    )
+    collator = collator or DataCollatorWithFlattening()
+    return Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator, callbacks=list(callbacks))
+
+
+@pytest.fixture
+def patched(llama):
+    return apply(llama)
+
+
+def test_log_says_what_the_batches_held(patched, tmp_path):
+    trainer = trainer_of(patched, tmp_path, num_train_epochs=1, callbacks=[PaddingFreeCallback()])
+    trainer.train()
+    logs = [each for each in trainer.state.log_history if "loss" in each]
+    assert len(logs) == 2
+    assert all(set(each) >= FIGURES for each in logs)
+    assert all(each["sequences_per_row"] == 4 for each in logs)
+    assert sum(each["longest_row"] for each in logs) == sum(LENGTHS)
+    rows = [each["longest_row"] for each in logs]
+    longest = [row / (1 - each["padding_saved"]) / 4 for row, each in zip(rows, logs)]
+    assert max(longest) == pytest.approx(12, abs=0.01)  # the longest example is in one of the two batches
+    assert all(each["tokens_per_second"] > 0 and each["peak_memory_gib"] > 0.1 for each in logs)
+
+
+class Tracker(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs))
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_trackers_after_it_are_told(patched, tmp_path, attached):
+    tracker = Tracker()
+    trainer = trainer_of(patched, tmp_path, num_train_epochs=1, callbacks=[tracker])
+    if attached:
+        PaddingFreeCallback().attach(trainer)
+    else:  # the control: one that stands before it sees nothing
+        trainer.add_callback(PaddingFreeCallback())
+    trainer.train()
+    told = [set(each) >= FIGURES for each in tracker.seen if "loss" in each]
+    assert told == [attached] * 2
+
+
+@pytest.mark.parametrize("how", ["batch of one", "padding"])
+def test_a_run_that_is_not_packed_is_stopped(patched, tmp_path, how):
+    def padding(features):
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(each["input_ids"]) for each in features], True)
+        mask = (torch.arange(padded.shape[1]) < torch.tensor([[len(each["input_ids"])] for each in features])).long()
+        return {"input_ids": padded, "attention_mask": mask, "labels": padded.masked_fill(mask == 0, -100)}
+
+    options = {"batch_size": 1} if how == "batch of one" else {"collator": padding}
+    trainer = trainer_of(patched, tmp_path, max_steps=6, callbacks=[PaddingFreeCallback(patience=3)], **options)
+    with pytest.raises(PadfreeError, match="3 training steps, and no row held a second sequence"):
+        trainer.train()
+    trainer = trainer_of(patched, tmp_path, max_steps=6, callbacks=[PaddingFreeCallback(patience=0)], **options)
+    trainer.train()
+    (log, *_) = (each for each in trainer.state.log_history if "loss" in each)
+    assert log["sequences_per_row"] == 1 and (log["padding_saved"] > 0) == (how == "padding")
+
+
+def test_watching_costs_no_sync(patched):
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)([{"input_ids": [1, 2]}, {"input_ids": [3]}])
+    callback = PaddingFreeCallback()
+    callback.on_train_begin(None, None, None, model=patched)
+    patched.train()
+    with SyncCounter() as syncs:
+        patched(**batch)
+    assert syncs.total == 0
+    callback.on_train_end(None, None, None)
+    assert not patched._forward_pre_hooks
