@@ -30,7 +30,9 @@ class DataCollatorWithFlattening:
     Args:
         return_tensors: "pt" or "np".
         return_position_ids: return `position_ids`, which restart at `position_ids_start` for every example.
-        separator_id: label of each example's first token.
+        separator_id: label of each example's first token. None keeps the one it has: a patched model leaves it out of
+            the loss all the same, and a Trainer that divides by the number of labels (4.46 on) counts what it counts in
+            a padded batch, where those versions count first tokens too.
         return_flash_attn_kwargs: return `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`, and
             `packed_sequences`. An unpatched model refuses or ignores them.
         return_seq_idx: return `seq_idx`, the number of the example that a token belongs to, int32 (1, T).
@@ -48,7 +50,7 @@ class DataCollatorWithFlattening:
         return_tensors: str = "pt",
         *,
         return_position_ids: bool = True,
-        separator_id: int = -100,
+        separator_id: int | None = -100,
         return_flash_attn_kwargs: bool = False,
         return_seq_idx: bool = False,
         position_ids_start: int = 0,
@@ -105,8 +107,10 @@ class DataCollatorWithFlattening:
         joined = np.concatenate(labels)
         batch: dict[str, Any] = {
             "input_ids": _row(tokens, padding, self.pad_token_id),
-            "labels": np.where(positions[: len(joined)] == 0, separator, joined)[None],
+            "labels": joined[None],
         }
+        if separator is not None:
+            batch["labels"] = np.where(positions[: len(joined)] == 0, separator, joined)[None]
         if padding:
             batch["labels"] = _row([batch["labels"][0]], padding, IGNORED_LABEL)
         if self.return_position_ids:

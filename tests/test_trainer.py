@@ -1,0 +1,140 @@
+"""transformers' Trainer, padded and padding-free on the same examples: the same losses, gradients and weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from padfree_patch import DataCollatorForCompletionOnlyLM, DataCollatorWithFlattening, apply, pack_dataset, versions
+
+LENGTHS = [5, 9, 2, 12, 7, 17, 3, 4, 6, 11, 2, 8, 13, 5, 9, 4, 6, 3, 10, 7]
+COUNTS_FIRST_TOKENS = versions.inside(versions.transformers_version(), ">=4.46,<5.23")
+"""Whether the Trainer divides by a number of labels in which those that nothing predicts are counted."""
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(2, 80, (n,), generator=generator).tolist()} for n in LENGTHS]
+
+
+def padding(features):
+    """To the right, with a mask; labels as `DataCollatorForLanguageModeling` makes them."""
+    ids = [torch.tensor(each["input_ids"]) for each in features]
+    labels = [torch.tensor(each.get("labels", each["input_ids"])) for each in features]
+    padded = torch.nn.utils.rnn.pad_sequence(ids, True)
+    mask = (torch.arange(padded.shape[1]) < torch.tensor([[len(each)] for each in ids])).long()
+    return {
+        "input_ids": padded,
+        "attention_mask": mask,
+        "labels": torch.nn.utils.rnn.pad_sequence(labels, True, padding_value=-100),
+    }
+
+
+def trainer_of(model, folder, collator, *, dataset=None, **options):
+    arguments = TrainingArguments(
+        str(folder),
+        **{"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 1e-2, **options},
+        per_device_eval_batch_size=8,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        max_grad_norm=0.0,  # or a wrong scale of the gradients would be hidden
+        optim="sgd",  # nor does Adam show it
+        save_strategy="no",
+    )
+    dataset = data() if dataset is None else dataset
+    return Trainer(model=model, args=arguments, train_dataset=dataset, eval_dataset=dataset, data_collator=collator)
+
+
+def trained(model, folder, collator, *, patched, **options):
+    """Losses as logged, the evaluation's loss, and the weights."""
+    model = copy.deepcopy(model)
+    if patched:
+        apply(model)
+    trainer = trainer_of(model, folder, collator, **options)
+    trainer.train()
+    losses = [each["loss"] for each in trainer.state.log_history if "loss" in each]
+    return losses, trainer.evaluate()["eval_loss"], list(model.parameters())
+
+
+def flattening(**options):
+    """Counts what the padded batch counts, in versions whose Trainer counts labels."""
+    return DataCollatorWithFlattening(separator_id=None if COUNTS_FIRST_TOKENS else -100, **options)
+
+
+@pytest.mark.parametrize("lengths_given", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_training_is_the_padded_one(llama, tmp_path, accumulate, lengths_given):
+    options = {"gradient_accumulation_steps": accumulate}
+    padded = trained(llama, tmp_path, padding, patched=False, **options)
+    collator = flattening(return_flash_attn_kwargs=lengths_given)
+    packed = trained(llama, tmp_path, collator, patched=True, **options)
+    assert packed[0] == pytest.approx(padded[0], abs=2e-4)  # logged with four digits
+    assert packed[1] == pytest.approx(padded[1], rel=1e-5)
+    for found, expected, before in zip(packed[2], padded[2], llama.parameters()):
+        moved = (expected - before).norm()
+        assert (found - expected).norm() <= 1e-4 * moved  # sums in another order
+
+
+def test_naive_packing_trains_something_else(llama, tmp_path):
+    """The control."""
+    padded = trained(llama, tmp_path, padding, patched=False)
+    naive = trained(llama, tmp_path, flattening(return_position_ids=False), patched=False)
+    moved = sum((a - b).norm() for a, b in zip(padded[2], llama.parameters()))
+    assert sum((a - b).norm() for a, b in zip(naive[2], padded[2])) > 0.05 * moved
+
+
+@pytest.mark.parametrize("remove_unused_columns", [True, False])
+def test_packed_data_set_trains_like_its_examples(llama, tmp_path, remove_unused_columns):
+    """Packed rows keep their boundaries through the Trainer, whatever it does with columns."""
+    import datasets
+
+    packed = pack_dataset(datasets.Dataset.from_list(data()), 24)
+    rows = [[data_row for data_row in row["input_ids"]] for row in packed]
+    lengths = [row["seq_lengths"] for row in packed]
+    examples = []
+    for row, of_row in zip(rows, lengths):
+        ends = torch.tensor(of_row).cumsum(0).tolist()
+        examples.append([row[end - n : end] for end, n in zip(ends, of_row)])
+
+    def padding_each(features):
+        """The examples of the same rows, padded."""
+        texts = [example for each in features for example in by_row[tuple(each["input_ids"])]]
+        return padding([{"input_ids": text} for text in texts])
+
+    by_row = {tuple(row): of_row for row, of_row in zip(rows, examples)}
+    options = {"per_device_train_batch_size": 2, "remove_unused_columns": remove_unused_columns, "dataset": packed}
+    padded = trained(llama, tmp_path, padding_each, patched=False, **options)
+    found = trained(llama, tmp_path, flattening(), patched=True, **options)
+    assert found[0] == pytest.approx(padded[0], abs=2e-4)
+    assert sum((row["position_ids"][0] == 0) for row in packed) == len(packed) < len(LENGTHS)
+
+
+def test_completions_only(llama, tmp_path):
+    texts = [{"input_ids": [*each["input_ids"][:1], 85, 86, *each["input_ids"][1:], 1]} for each in data()]
+
+    def answers_only(features):
+        return padding([{**each, "labels": [-100] * 3 + each["input_ids"][3:]} for each in features])
+
+    collator = DataCollatorForCompletionOnlyLM([85, 86], padding_free=True)
+    padded = trained(llama, tmp_path, answers_only, patched=False, dataset=texts)
+    packed = trained(llama, tmp_path, collator, patched=True, dataset=texts)
+    assert packed[0] == pytest.approx(padded[0], abs=2e-4)
+
+
+def test_resumed_training_goes_on_with_the_same_losses(llama, tmp_path):
+    options = {"max_steps": 4}
+    whole = trained(llama, tmp_path / "whole", flattening(), patched=True, **options)[0]
+    model = apply(copy.deepcopy(llama))
+    trainer = trainer_of(model, tmp_path / "half", flattening(), **options)
+    trainer.args.save_strategy, trainer.args.save_steps = "steps", 2
+    trainer.state.save_steps = 2
+    trainer.train()
+    again = apply(copy.deepcopy(llama))
+    resumed = trainer_of(again, tmp_path / "half", flattening(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-2"))
+    losses = [each["loss"] for each in resumed.state.log_history if "loss" in each]
+    assert losses == pytest.approx(whole, abs=1e-4)
