@@ -1,0 +1,40 @@
+"""The code on docs/training.md runs as it stands there, and does what the text says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from padfree_patch.demo.data import train_tokenizer
+from padfree_patch.packing import PackedSequences
+
+PAGE = Path(__file__).parents[1] / "docs" / "training.md"
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_training_page(llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["one", "two", "three", "four", "five", "six", "seven", "answer"]
+    rows = [
+        {"prompt": " ".join(words[: 1 + i % 5]), "completion": " ".join(words[i % 3 : 3 + i % 4])} for i in range(24)
+    ]
+    tokenizer = train_tokenizer([" ".join(words)] * 4, vocab_size=260)
+    llama.resize_token_embeddings(len(tokenizer))
+    names = {"model": llama, "tokenizer": tokenizer, "texts": datasets.Dataset.from_list(rows)}
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 6
+    logs = []
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+        logs += [each for each in names["trainer"].state.log_history if "padding_saved" in each and each not in logs]
+    assert len(logs) == 3 and all(each["sequences_per_row"] == 4 for each in logs)
+    assert max(len(row) for row in names["packed"]["input_ids"]) <= 64
+    assert names["before"] == 6 and names["after"] == len(names["packed"])
+    assert (names["batch"]["labels"] == -100).sum() == 2
+    assert isinstance(names["sequences"], PackedSequences)
+    torch.testing.assert_close(names["pooled"][1], names["second"][-1])
+    assert names["log_probs"].shape == (2,)
