@@ -80,6 +80,8 @@ def tests(session: nox.Session, transformers: str) -> None:
         session.run("pytest", "-n2", f"--junitxml={report}", "tests/flash_attention_2_checks.py", env=stand_in)
 
 
+TRL = {"4.41.2": "trl==0.9.6", "4.43.4": "trl==0.9.6", "5.23.0": "trl==1.16.0"}
+
 FLASH_ATTN_ON_CPU = {
     "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE",
     "FLASH_ATTENTION_FORCE_BUILD": "TRUE",
@@ -103,6 +105,15 @@ def flash_attn(session: nox.Session, transformers: str) -> None:
     environment = {**FLASH_ATTN_ON_CPU, "PADFREE_FLASH_ATTENTION": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     arguments = session.posargs or ["-n2", "-W", "default"]  # Triton's and numpy's own warnings
     session.run("pytest", "tests/flash_attn_checks.py", *arguments, env=environment)
+
+
+@nox.session
+@nox.parametrize("transformers", [nox.param(version, id=version) for version in TRL])
+def trl(session: nox.Session, transformers: str) -> None:
+    """SFTTrainer with our collators, on a TRL of the time of each transformers version."""
+    session.install("-e", ".[test]", *pins(transformers), TRL[transformers])
+    arguments = session.posargs or ["-W", "default"]  # TRL's own warnings
+    session.run("pytest", "tests/trl_checks.py", *arguments, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
 
 
 # fmt: off

@@ -1,0 +1,156 @@
+"""TRL's SFTTrainer with our collators, against the same examples padded: `nox -s trl`, not part of the ordinary tests.
+
+TRL's own padding_free needs flash-attention, or mixes the examples of a row; with a collator of ours that flag
+stays off, and the patched model isolates on whatever the model was loaded with.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import datasets
+import pytest
+import torch
+from trl import SFTConfig, SFTTrainer
+
+from padfree_patch import (
+    DataCollatorForCompletionOnlyLM,
+    DataCollatorWithFlattening,
+    PaddingFreeCallback,
+    apply,
+    pack_dataset,
+    restore,
+)
+from padfree_patch.demo.data import train_tokenizer
+from padfree_patch.registry import registry
+from padfree_patch.testing import tiny_model
+
+LENGTHS = [5, 9, 2, 12, 7, 17, 3, 4, 6, 11, 2, 8, 13, 5, 9, 4]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    found = train_tokenizer(["one two three four"] * 4, vocab_size=270)
+    found.pad_token = found.eos_token
+    return found
+
+
+@pytest.fixture
+def model(tokenizer):
+    found = tiny_model(registry().get("llama"), "sdpa")
+    found.resize_token_embeddings(len(tokenizer))
+    return found
+
+
+def data(response=()):
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 80, (n,), generator=generator).tolist() for n in LENGTHS]
+    return datasets.Dataset.from_list([{"input_ids": [row[0], *response, *row[1:]]} for row in rows])
+
+
+def padding(features):
+    ids = [torch.tensor(each["input_ids"]) for each in features]
+    padded = torch.nn.utils.rnn.pad_sequence(ids, True)
+    mask = (torch.arange(padded.shape[1]) < torch.tensor([[len(each)] for each in ids])).long()
+    labels = padded.masked_fill(mask == 0, -100)
+    labels[:, 0] = -100  # which nothing predicts: some Trainers count it
+    if "labels" in features[0]:
+        labels = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(e["labels"]) for e in features], True, padding_value=-100
+        )
+    return {"input_ids": padded, "attention_mask": mask, "labels": labels}
+
+
+def trained(model, tokenizer, folder, collator, dataset, *, patched, batch_size=4, callbacks=()):
+    """Losses as logged, and the weights."""
+    model = copy.deepcopy(model)
+    if patched:
+        apply(model)
+    takes = inspect.signature(SFTConfig).parameters
+    length = {"max_length": None} if "max_length" in takes else {"max_seq_length": 512}
+    config = SFTConfig(
+        str(folder),
+        per_device_train_batch_size=batch_size,
+        max_steps=3,
+        learning_rate=1e-2,
+        optim="sgd",
+        max_grad_norm=0.0,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        dataset_kwargs={"skip_prepare_dataset": True},
+        **length,
+    )
+    named = "processing_class" if "processing_class" in inspect.signature(SFTTrainer).parameters else "tokenizer"
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=dataset,
+        data_collator=collator,
+        callbacks=list(callbacks),
+        **{named: tokenizer},
+    )
+    trainer.train()
+    return [each["loss"] for each in trainer.state.log_history if "loss" in each], list(model.parameters()), trainer
+
+
+def assert_same(found, expected, before):
+    assert found[0] == pytest.approx(expected[0], abs=2e-4)  # logged with four digits
+    for now, wanted, was in zip(found[1], expected[1], before):
+        assert (now - wanted).norm() <= 1e-4 * (wanted - was).norm()  # sums in another order
+
+
+@pytest.mark.parametrize("lengths_given", [False, True])
+def test_sft_trains_like_padded(model, tokenizer, tmp_path, lengths_given):
+    before = [p.detach().clone() for p in model.parameters()]
+    padded = trained(model, tokenizer, tmp_path, padding, data(), patched=False)
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=lengths_given)
+    packed = trained(model, tokenizer, tmp_path, collator, data(), patched=True, callbacks=[PaddingFreeCallback()])
+    assert_same(packed, padded, before)
+    assert any("padding_saved" in each for each in packed[2].state.log_history)
+
+
+def test_naive_packing_trains_something_else(model, tokenizer, tmp_path):
+    """The control."""
+
+    def one_text(features):
+        batch = DataCollatorWithFlattening()(features)
+        return {**batch, "position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
+
+    padded = trained(model, tokenizer, tmp_path, padding, data(), patched=False)
+    naive = trained(model, tokenizer, tmp_path, one_text, data(), patched=False)
+    assert max(abs(a - b) for a, b in zip(naive[0], padded[0])) > 1e-3
+
+
+def test_sft_on_completions_only(model, tokenizer, tmp_path):
+    before = [p.detach().clone() for p in model.parameters()]
+    texts = data(response=[85, 86])
+
+    def answers(features):
+        return padding([{**each, "labels": [-100] * 3 + each["input_ids"][3:]} for each in features])
+
+    padded = trained(model, tokenizer, tmp_path, answers, texts, patched=False)
+    collator = DataCollatorForCompletionOnlyLM([85, 86], tokenizer=tokenizer, padding_free=True)
+    assert_same(trained(model, tokenizer, tmp_path, collator, texts, patched=True), padded, before)
+
+
+def test_sft_on_packed_rows(model, tokenizer, tmp_path):
+    """Boundaries survive whatever the trainer does with the columns."""
+    packed = pack_dataset(data(), 24)
+    _, _, trainer = trained(
+        model,
+        tokenizer,
+        tmp_path,
+        DataCollatorWithFlattening(),
+        packed,
+        patched=True,
+        batch_size=1,
+        callbacks=[PaddingFreeCallback(patience=2)],
+    )
+    logs = [each for each in trainer.state.log_history if "sequences_per_row" in each]
+    assert len(logs) == 3 and all(each["sequences_per_row"] > 1 for each in logs)
+    restore(trainer.model)
