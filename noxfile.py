@@ -200,3 +200,10 @@ def benchmark(session: nox.Session) -> None:
     session.install("-e", ".[demo]", *pins(VERSIONS[-1]))
     name, *arguments = session.posargs
     session.run("python", f"benchmarks/{name}.py", *arguments)
+
+
+@nox.session
+def benchmark_packing(session: nox.Session) -> None:
+    """Our packing of data sets beside TRL's."""
+    session.install("-e", ".[demo]", *pins(VERSIONS[-1]), TRL[VERSIONS[-1]])
+    session.run("python", "benchmarks/packing.py", *session.posargs)
