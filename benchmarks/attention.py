@@ -9,6 +9,7 @@ private to PyTorch. Errors are against float64, largest error over largest value
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from padfree_patch import PackedSequences, attention
+from padfree_patch import PackedSequences, attention, kernel_call
 from padfree_patch.attention import cpu
 
 LENGTH_SETS: dict[str, Callable[[torch.Generator], list[int]]] = {
@@ -34,7 +35,12 @@ LENGTH_SETS: dict[str, Callable[[torch.Generator], list[int]]] = {
 SHAPES = {"9/3/64": ["flan", "math", "tiny", "one", "long"], "8/8/128": ["flan", "math"], "32/8/64": ["flan", "math"]}
 """Query heads / key-value heads / head size, and the sets that each is measured on."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-OPTIONS = {"window 256": {"window": 256}, "softcap 30": {"softcap": 30.0}, "dropout 0.1": {"dropout": 0.1}}
+OPTIONS: dict[str, Callable[..., Tensor]] = {
+    "window 256": functools.partial(attention.sdpa.attend, window=256),
+    "softcap 30": functools.partial(attention.sdpa.attend, softcap=30.0),
+    "dropout 0.1": functools.partial(attention.sdpa.attend, dropout=0.1),
+    "ALiBi": lambda *args, **kwargs: with_alibi(*args, **kwargs),  # defined below
+}
 BASELINE, PUBLIC = "operator per sequence", "public function"
 
 
@@ -120,7 +126,7 @@ def timed(
 ) -> float:
     sequences = PackedSequences.from_lengths(lengths, device=of_out.device)
     start = time.perf_counter()
-    attend(*qkv, sequences, scale=qkv[0].shape[-1] ** -0.5, **options).backward(of_out)
+    attend(*qkv, sequences, scale=qkv[0].shape[-1] ** -0.5).backward(of_out)
     if of_out.is_cuda:
         torch.cuda.synchronize()
     taken = time.perf_counter() - start
@@ -182,8 +188,17 @@ def cost_of(dtype: str, name: str, rounds: int) -> dict[str, Any]:
         lengths = LENGTH_SETS["flan"](generator)
         qkv, of_out = inputs(dtype, "9/3/64", lengths, generator)
         plain = timed(attention.sdpa.attend, qkv, of_out, lengths)
-        ratios.append(timed(attention.sdpa.attend, qkv, of_out, lengths, **OPTIONS[name]) / plain)
+        ratios.append(timed(OPTIONS[name], qkv, of_out, lengths) / plain)
     return {"dtype": dtype, "option": name, "ratio": statistics.median(ratios)}
+
+
+def with_alibi(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, *, scale: float) -> Tensor:
+    """A bias on keys as patched models have it: one more channel of q and k, and no keys shared between heads."""
+    slopes = 2.0 ** -torch.arange(1, q.shape[1] + 1, dtype=q.dtype, device=q.device)
+    bias = slopes[:, None] * sequences.position_ids().to(q.device, q.dtype)  # (H, T)
+    rows = kernel_call._with_key_bias(*(x.transpose(0, 1)[None] for x in (q, k, v)), bias)
+    output = attention.sdpa.attend(*(x[0].transpose(0, 1) for x in rows), sequences, scale=scale)
+    return output[..., : q.shape[-1]]
 
 
 def picture(speeds: list[dict[str, Any]]) -> Figure:

@@ -25,8 +25,9 @@ def main() -> None:
 
 def page() -> str:
     """The text with the tables and figures in their places."""
-    step, attention, scaling, overhead = (
-        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("step", "attention", "scaling", "overhead")
+    names = ("step", "attention", "scaling", "overhead", "convergence", "packing")
+    step, attention, scaling, overhead, run, packing = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in names
     )
     fits = scaling["fits"]
     return TEXT.read_text().format(
@@ -46,10 +47,20 @@ def page() -> str:
         options=table(
             ("dtype", "option", "time"), ((e["dtype"], e["option"], f"{e['ratio']:.2f}") for e in attention["options"])
         ),
+        **{name: run["settings"][name] for name in ("layers", "steps", "data")},
+        batch=run["settings"]["batch_size"],
+        before=f"{run['settings']['validation_before']:.4f}",
+        convergence=convergence_table(run),
+        row_length=f"{packing['max_length']:,}",
+        packing=packing_table(packing["rows"]),
+        million_plan=f"{packing['million']['plan_seconds']:.1f}",
+        million_waste=f"{packing['million']['waste']:.2%}",
+        million_sampler=f"{packing['million']['sampler_seconds']:.1f}",
         length=scaling["length"],
         per_token=f"{1e3 * fits['packed']['per_token']:.3f}",
         r_squared=f"{fits['packed']['r_squared']:.4f}",
         exponent=f"{fits['packed']['exponent']:.2f}",
+        ceiling_exponent=f"{fits['ceiling']['exponent']:.2f}",
         native_exponent=f"{fits['native']['exponent']:.2f}",
         scaling=scaling_table(scaling["rows"]),
         overhead=overhead_table(overhead["calls"]),
@@ -114,13 +125,49 @@ def attention_table(speeds: list[dict[str, Any]]) -> str:
     return table(("dtype", "shape", "lengths", *names[1:], "the 1.00"), rows)
 
 
+def convergence_table(run: dict[str, Any]) -> str:
+    names = {
+        "packed": "padding-free",
+        "padded": "padded",
+        "control": "padding-free, one thread",
+        "naive": "naively packed",
+    }
+    rows = []
+    for kind, name in names.items():
+        found = run["runs"][kind]
+        apart = run["largest_difference"].get(kind)
+        rows.append(
+            (
+                name,
+                f"{found['losses'][-1]:.6f}",
+                f"{found['validation_loss']:.6f}",
+                "" if apart is None else f"{apart:.1e}",
+            )
+        )
+    columns = ("run", "last training loss", "validation loss", "largest difference of a step's loss from padding-free")
+    return table(columns, rows)
+
+
+def packing_table(found: list[dict[str, Any]]) -> str:
+    rows = []
+    for each in found:
+        ways = (f"{each[way]['seconds']:.2f} s, {each[way]['waste']:.2%} waste" for way in ("ours", "trl"))
+        rows.append(
+            (each["data"], f"{each['examples']:,}", f"**{next(ways)}**", next(ways), f"{each['sampler']['waste']:.2%}")
+        )
+    return table(("data", "examples", "pack_dataset", "TRL's", "sampler's waste"), rows)
+
+
 def scaling_table(found: list[dict[str, Any]]) -> str:
     rows = []
     for row in found:
-        packed, native = row["medians"]["packed"], row["medians"].get("native")
+        seconds = row["medians"]
+        packed, native = seconds["packed"], seconds.get("native")
         compared = (f"{native:.2f}", f"**{native / packed:.2f} x**") if native else ("not run", "")
-        rows.append((f"{row['tokens']:,}", f"{packed:.2f}", *compared))
-    return table(("tokens in the row", "padding-free, s", "native, s", "padding-free over native"), rows)
+        rows.append((f"{row['tokens']:,}", f"{packed:.2f}", f"{seconds['ceiling'] / packed:.2f}", *compared))
+    return table(
+        ("tokens in the row", "padding-free, s", "over the ceiling", "native, s", "padding-free over native"), rows
+    )
 
 
 def overhead_table(calls: dict[str, dict[str, Any]]) -> str:
