@@ -200,7 +200,7 @@ def benchmark(session: nox.Session) -> None:
     session.install("-e", ".[demo]", *pins(VERSIONS[-1]))
     name, *arguments = session.posargs
     # glibc would give every block over 32 MB back to the system, and page faults would be timed instead of the step.
-    kept = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**34)} if name == "scaling" else {}
+    kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)} if name == "scaling" else {}
     session.run("python", f"benchmarks/{name}.py", *arguments, env=kept)
 
 

@@ -25,10 +25,8 @@ def main() -> None:
 
 def page() -> str:
     """The text with the tables and figures in their places."""
-    names = ("step", "attention", "scaling", "overhead", "convergence", "packing")
-    step, attention, scaling, overhead, run, packing = (
-        json.loads((RESULTS / f"{name}.json").read_text()) for name in names
-    )
+    names = ("step", "attention", "scaling", "overhead", "packing")
+    step, attention, scaling, overhead, packing = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
     fits = scaling["fits"]
     return TEXT.read_text().format(
         **{name: step["environment"][name] for name in ("threads", "cpu", "torch", "transformers")},
@@ -47,10 +45,6 @@ def page() -> str:
         options=table(
             ("dtype", "option", "time"), ((e["dtype"], e["option"], f"{e['ratio']:.2f}") for e in attention["options"])
         ),
-        **{name: run["settings"][name] for name in ("layers", "steps", "data")},
-        batch=run["settings"]["batch_size"],
-        before=f"{run['settings']['validation_before']:.4f}",
-        convergence=convergence_table(run),
         row_length=f"{packing['max_length']:,}",
         packing=packing_table(packing["rows"]),
         million_plan=f"{packing['million']['plan_seconds']:.1f}",
@@ -76,6 +70,7 @@ def step_table(ratios: list[dict[str, Any]]) -> str:
         "data",
         "batch",
         "padding-free over the ceiling",
+        "attention work",
         "over padded",
         "of what is possible",
         "over native",
@@ -89,6 +84,7 @@ def step_table(ratios: list[dict[str, Any]]) -> str:
             (
                 *(each[name] for name in ("model", "data", "batch_size")),
                 f"**{spread(each['packed_over_ceiling'])}**",
+                f"{each['attention_work_over_ceiling']['median']:.1f} x",
                 spread(padded),
                 spread(each.get("share_of_possible")),
                 spread(each["packed_over_native"]),
@@ -123,29 +119,6 @@ def attention_table(speeds: list[dict[str, Any]]) -> str:
         )
         rows.append((each["dtype"], each["shape"], each["lengths"], *cells, f"{each['milliseconds']:.0f} ms"))
     return table(("dtype", "shape", "lengths", *names[1:], "the 1.00"), rows)
-
-
-def convergence_table(run: dict[str, Any]) -> str:
-    names = {
-        "packed": "padding-free",
-        "padded": "padded",
-        "control": "padding-free, one thread",
-        "naive": "naively packed",
-    }
-    rows = []
-    for kind, name in names.items():
-        found = run["runs"][kind]
-        apart = run["largest_difference"].get(kind)
-        rows.append(
-            (
-                name,
-                f"{found['losses'][-1]:.6f}",
-                f"{found['validation_loss']:.6f}",
-                "" if apart is None else f"{apart:.1e}",
-            )
-        )
-    columns = ("run", "last training loss", "validation loss", "largest difference of a step's loss from padding-free")
-    return table(columns, rows)
 
 
 def packing_table(found: list[dict[str, Any]]) -> str:

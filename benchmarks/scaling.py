@@ -6,8 +6,8 @@ Forward and backward of a 4-layer Llama of SmolLM2-135M's width (vocabulary 8,19
 with position_ids and use_cache off, the call on which it isolates examples. Ceiling: a row per sequence, unpatched.
 
 glibc gives every block over 32 MB back to the system when it is freed, so that it comes back as fresh pages; from about
-8,000 tokens in a row that costs all kinds alike up to half of their time. MALLOC_MMAP_THRESHOLD_ and
-MALLOC_TRIM_THRESHOLD_ in the environment keep the blocks; the nox session sets them.
+8,000 tokens in a row that costs all kinds alike up to half of their time. MALLOC_MMAP_MAX_=0 and a
+large MALLOC_TRIM_THRESHOLD_ in the environment keep the blocks; the nox session sets them.
 """
 
 from __future__ import annotations

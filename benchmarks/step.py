@@ -123,6 +123,9 @@ def ratios_of(run: dict[str, Any]) -> dict[str, Any]:
     result["packed_over_ceiling"] = median_of(
         sum(r["lengths"]) / r["seconds"]["packed"] / (r["ceiling_tokens"] / r["seconds"]["ceiling"]) for r in rounds
     )
+    result["attention_work_over_ceiling"] = median_of(
+        sum(n * n for n in r["lengths"]) * len(r["lengths"]) / sum(r["lengths"]) ** 2 for r in rounds
+    )
     result["packed_over_native"] = median_of(r["seconds"]["native"] / r["seconds"]["packed"] for r in rounds)
     result["real_tokens_per_second"] = {
         kind: median_of(sum(r["lengths"]) / r["seconds"][kind] for r in rounds if r["seconds"][kind])
