@@ -5,8 +5,9 @@
 Importing this package patches nothing and imports no model code.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .binning import PackingPlan, plan_packing
-from .callback import PaddingFreeCallback
 from .collators import DataCollatorForCompletionOnlyLM, DataCollatorWithFlattening
 from .dataset import pack_dataset
 from .errors import LeakError, PadfreeError
@@ -18,6 +19,9 @@ from .registry import Patch
 from .samplers import TokenBudgetBatchSampler
 from .unpacking import last_tokens, sequence_log_probs, unpack
 from .verification import Verification, verify
+
+if TYPE_CHECKING:
+    from .callback import PaddingFreeCallback
 
 __all__ = [
     "DataCollatorForCompletionOnlyLM",
@@ -44,3 +48,12 @@ __all__ = [
     "unpack",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the callback when it is asked for: its base class imports the Trainer's arguments, and those much more."""
+    if name == "PaddingFreeCallback":
+        from .callback import PaddingFreeCallback
+
+        return PaddingFreeCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

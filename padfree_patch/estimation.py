@@ -61,8 +61,8 @@ def estimate(lengths: Iterable[int], *, batch_size: int, seed: int = 0) -> Estim
 
     Raises PadfreeError if there are fewer examples than a batch needs, or one is empty.
 
-    >>> estimate([10, 30], batch_size=2).padding_share
-    0.3333333333333333
+    >>> estimate([10, 30], batch_size=2).expected_speedup
+    1.5
     """
     tokens = np.fromiter(lengths, dtype=np.int64)
     if batch_size < 1 or len(tokens) < batch_size:
