@@ -125,6 +125,7 @@ def test_completions_only(llama, tmp_path):
     assert packed[0] == pytest.approx(padded[0], abs=2e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected:UserWarning")
 def test_resumed_training_goes_on_with_the_same_losses(llama, tmp_path, monkeypatch):
     # Trainers of before torch 2.6 load numpy's random state without saying that they trust it.
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
