@@ -73,7 +73,7 @@ class OperatorPerSequence(torch.autograd.Function):
 
 
 @click.command()
-@click.option("--rounds", default=9, show_default=True)
+@click.option("--rounds", default=5, show_default=True)
 def main(rounds: int) -> None:
     """Time and compare."""
     jobs = [(dtype, shape, lengths) for dtype in DTYPES for shape, sets in SHAPES.items() for lengths in sets]

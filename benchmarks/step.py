@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from padfree_patch import applied
 from padfree_patch.bench import step_batches, timed_step
 from padfree_patch.demo.crowding import waited_seconds
-from padfree_patch.demo.memory import peak_bytes, reset_peak, resident_bytes
+from padfree_patch.memory import peak_bytes, reset_peak, resident_bytes
 
 REAL, SMALL = "SmolLM2-135M", "4 layers"
 KINDS = ("padded", "packed", "native", "ceiling")
@@ -39,8 +39,8 @@ LARGEST_PADDED = {REAL: 8192, SMALL: 32768}
 @click.option("--model", "folder", required=True, help="Folder of SmolLM2-135M.")
 @click.option("--data", "files", multiple=True, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--batch-size", "batch_sizes", multiple=True, type=int, default=(4, 8, 16), show_default=True)
-@click.option("--rounds", default=7, show_default=True, help="Batches per data set and batch size, 4 layers.")
-@click.option("--real-rounds", default=3, show_default=True, help="The same for the real weights.")
+@click.option("--rounds", default=4, show_default=True, help="Batches per data set and batch size, 4 layers.")
+@click.option("--real-rounds", default=2, show_default=True, help="The same for the real weights.")
 @click.option("--max-length", default=2048, show_default=True)
 @click.option("--memory-of", type=click.Choice(["padded", "packed"]), hidden=True, help="Only this, in this process.")
 def main(

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from .boundaries import LENGTH_ARGUMENTS, read_batch
 from .errors import PadfreeError
+from .memory import peak_bytes
 
 
 @dataclasses.dataclass
@@ -19,7 +20,8 @@ class _Counts:
     """Since the last log."""
 
     began: float = dataclasses.field(default_factory=time.perf_counter)
-    tokens: int = 0
+    tokens: int | torch.Tensor = 0
+    """On the device while a mask was added up there, and read when it is logged."""
     rows: int = 0
     sequences: int = 0
     padded_tokens: int = 0
@@ -30,7 +32,7 @@ class _Counts:
 class PaddingFreeCallback(TrainerCallback):
     """Adds to each log of the Trainer what this process trained on since the last one.
 
-    - `tokens_per_second`: real tokens, padding is never counted,
+    - `tokens_per_second`: real tokens; padding that a mask tells of is not counted,
     - `padding_saved`: part of the padded batches of the same examples that would be padding,
     - `sequences_per_row`, and `longest_row` in tokens,
     - `peak_memory_gib`: of the GPU, or of the process where there is none.
@@ -38,7 +40,7 @@ class PaddingFreeCallback(TrainerCallback):
     They stand in `state.log_history`, and go to every tracker whose callback comes after this one. The Trainer puts its
     own (`report_to`) first: `PaddingFreeCallback().attach(trainer)` goes before them.
 
-    Costs no device sync but the one with which the patched model reads the batch anyway.
+    Costs no device sync but the one with which the patched model reads the batch anyway, and one per log.
 
     Args:
         patience: training steps after which a run that never showed a row with a second sequence is stopped with a
@@ -78,9 +80,10 @@ class PaddingFreeCallback(TrainerCallback):
         counts = self._counts
         if logs is None or self._hook is None or not counts.rows:  # an evaluation's log, or the summary at the end
             return
+        tokens = int(counts.tokens)
         figures = {
-            "tokens_per_second": round(counts.tokens / (time.perf_counter() - counts.began), 1),
-            "padding_saved": round(1 - counts.tokens / counts.padded_tokens, 4),
+            "tokens_per_second": round(tokens / (time.perf_counter() - counts.began), 1),
+            "padding_saved": round(1 - tokens / counts.padded_tokens, 4),
             "sequences_per_row": round(counts.sequences / counts.rows, 2),
             "longest_row": counts.longest_row,
             "peak_memory_gib": round(_peak_bytes() / 2**30, 3),
@@ -115,21 +118,17 @@ class PaddingFreeCallback(TrainerCallback):
         counts = self._counts
         counts.rows += rows
         counts.longest_row = max(counts.longest_row, length)
+        counts.tokens += tokens.numel() if mask is None or mask.shape != tokens.shape else (mask != 0).sum()
         if batch is None:
             counts.sequences += rows
-            counts.tokens += int(mask.sum()) if isinstance(mask, torch.Tensor) and mask.dim() == 2 else tokens.numel()
             counts.padded_tokens += tokens.numel()
             return
         self._ever_packed = True
-        sequences = batch.sequences
-        counts.sequences += len(sequences)
-        counts.tokens += sequences.total
-        counts.padded_tokens += len(sequences) * sequences.max_seqlen
+        counts.sequences += len(batch.sequences)
+        counts.padded_tokens += len(batch.sequences) * batch.sequences.max_seqlen
 
 
 def _peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    from .demo.memory import peak_bytes
-
     return peak_bytes()

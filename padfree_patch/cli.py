@@ -15,9 +15,9 @@ except ImportError as error:  # an extra, so that training machines need not hav
     raise SystemExit("padfree-patch needs click: pip install 'padfree_patch[cli]'") from error
 
 from . import patching, support, versions
-from .demo.data import FIELDS
 from .errors import PadfreeError
 from .registry import registry
+from .texts import FIELDS, read_texts, tokenise
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -87,13 +87,9 @@ def estimate(
     """What padding costs on your own data, and what leaving it out would save; loads no model."""
     from transformers import AutoTokenizer
 
-    from .demo.data import DataError, read_texts, tokenise
     from .estimation import estimate as estimate_lengths
 
-    try:
-        texts = read_texts(data, fields)
-    except DataError as error:
-        raise PadfreeError(str(error)) from error
+    texts = read_texts(data, fields)
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError) as error:

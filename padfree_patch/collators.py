@@ -31,8 +31,8 @@ class DataCollatorWithFlattening:
         return_tensors: "pt" or "np".
         return_position_ids: return `position_ids`, which restart at `position_ids_start` for every example.
         separator_id: label of each example's first token. None keeps the one it has: a patched model leaves it out of
-            the loss all the same, and a Trainer that divides by the number of labels (4.46 on) counts what it counts in
-            a padded batch, where those versions count first tokens too.
+            the loss all the same, and the Trainers of 4.46 to 5.9, which divide by the number of labels and count first
+            tokens too, then count what they count in a padded batch.
         return_flash_attn_kwargs: return `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`, and
             `packed_sequences`. An unpatched model refuses or ignores them.
         return_seq_idx: return `seq_idx`, the number of the example that a token belongs to, int32 (1, T).
@@ -195,6 +195,9 @@ class DataCollatorForCompletionOnlyLM:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collates examples with `input_ids`; `labels` they may have are not looked at.
 
+        One that holds several examples itself (`seq_lengths`, or `position_ids` that restart) needs a template in each,
+        and `padding_free`.
+
         Returns what `DataCollatorWithFlattening` does, or padded `input_ids`, `attention_mask` and `labels` (B, T).
 
         Raises PadfreeError naming the example if it has no response template (or none of the instruction template).
@@ -202,9 +205,14 @@ class DataCollatorForCompletionOnlyLM:
         examples = []
         for i, feature in enumerate(features):
             tokens = _values(feature, "input_ids", i)
-            labels = np.where(self._completions(tokens, i, len(features)), tokens, self.ignore_index)
+            inside = _lengths_inside(feature, len(tokens), i)
+            if len(inside) > 1 and not self.padding_free:
+                raise PadfreeError(f"example {i} is a row of {len(inside)} examples, which needs padding_free=True")
+            each = np.split(tokens, np.cumsum(inside)[:-1])
+            trained = np.concatenate([self._completions(part, i, len(features)) for part in each])
+            labels = np.where(trained, tokens, self.ignore_index)
             mask = feature.get("attention_mask", np.ones_like(tokens))
-            examples.append({"input_ids": tokens, "labels": labels, "attention_mask": mask})
+            examples.append({**feature, "input_ids": tokens, "labels": labels, "attention_mask": mask})
         return self._flatten(examples) if self.padding_free else self._padded(examples)
 
     def _completions(self, tokens: np.ndarray[Any, Any], index: int, count: int) -> np.ndarray[Any, Any]:

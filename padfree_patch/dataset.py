@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .binning import best_fit_decreasing, check_lengths
+from .binning import plan_packing
 from .errors import PadfreeError
 
 if TYPE_CHECKING:
@@ -35,11 +35,19 @@ def pack_dataset(
         too_long: what to do with an example that has more than `max_length` tokens. "error"; "cut" its end; "split" it
             into examples of `max_length`, and a rest; or "drop" it.
 
-    Raises PadfreeError if there is no such column, an example is empty, or one is too long.
+    Raises PadfreeError if this is no `datasets.Dataset`, has no such column or is packed already, or if an example is
+    empty or too long.
     """
     import datasets
     import pyarrow as pa
 
+    if not isinstance(dataset, datasets.Dataset):
+        raise PadfreeError(
+            f"pack_dataset takes a datasets.Dataset, found {type(dataset).__name__}; pack each split by itself, and a "
+            "stream with TokenBudgetBatchSampler or the collator's max_tokens"
+        )
+    if "seq_lengths" in dataset.column_names:
+        raise PadfreeError("the dataset is packed already: its rows have seq_lengths")
     if too_long not in TOO_LONG:
         raise PadfreeError(f"too_long={too_long!r}; choose one of {', '.join(TOO_LONG)}")
     if column not in dataset.column_names:
@@ -58,10 +66,10 @@ def pack_dataset(
         name: each for name, each in columns.items() if each is not None and np.array_equal(_lengths(each), lengths)
     }
     starts, lengths = _fitted(lengths, max_length, too_long)
-    lengths = check_lengths(lengths, max_length)
-    rows = best_fit_decreasing(lengths, max_length)
-    order = np.concatenate([np.asarray(row) for row in rows])
-    of_rows = np.array([len(row) for row in rows])
+    plan = plan_packing(lengths, max_length)
+    logger.info("%s", plan)
+    order = np.concatenate(plan.rows)
+    of_rows = np.array([len(row) for row in plan.rows])
     in_order = lengths[order]
     # Where each token of the packed rows comes from: its example's start, and how far into it.
     within = np.arange(in_order.sum()) - np.repeat(np.cumsum(in_order) - in_order, in_order)
@@ -71,15 +79,11 @@ def pack_dataset(
     packed: dict[str, Any] = {
         name: pa.LargeListArray.from_arrays(offsets, each.flatten().take(pa.array(source)))
         for name, each in columns.items()
-        if name not in ("position_ids", "seq_lengths")
+        if name != "position_ids"
     }
     packed["position_ids"] = pa.LargeListArray.from_arrays(offsets, pa.array(within))
     examples = pa.array(np.concatenate(([0], np.cumsum(of_rows))), pa.int64())
     packed["seq_lengths"] = pa.LargeListArray.from_arrays(examples, pa.array(in_order))
-    waste = 1 - len(source) / (len(rows) * max_length)
-    logger.info(
-        "%d examples in %d rows of at most %d tokens, %.2f%% empty", len(order), len(rows), max_length, 100 * waste
-    )
     return datasets.Dataset(pa.table(packed))
 
 

@@ -14,9 +14,10 @@ from .errors import PadfreeError
 class TokenBudgetBatchSampler(Sampler[list[int]]):
     """Batches of examples that together have at most `max_tokens` tokens, for a collator that flattens them.
 
-    Every example comes once per epoch. The number of batches is a multiple of `num_replicas` (a batch is divided where
-    it must be), and each `num_replicas` batches that follow one another cost about the same attention, sum of length
-    squared, so that no process waits long for another.
+    Every example comes once per epoch. The number of batches is a multiple of `num_replicas`: the fullest batch is
+    divided where it must be, and if every batch holds a single example, the cheapest one comes again. Each
+    `num_replicas` batches that follow one another cost about the same attention, sum of length squared, so that no
+    process waits for another.
 
     Pass it as `batch_sampler=` to a DataLoader. With accelerate or the Trainer leave `rank` out: they give each process
     every `num_replicas`-th batch themselves.
@@ -48,13 +49,11 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             raise PadfreeError(f"rank {rank} of num_replicas {num_replicas}: ranks go from 0 to num_replicas - 1")
         if len(self.lengths) < num_replicas:
             raise PadfreeError(f"{len(self.lengths)} examples can't give {num_replicas} processes a batch each")
-        self.max_tokens, self.num_replicas, self.rank, self.seed, self.window = (
-            max_tokens,
-            num_replicas,
-            rank,
-            seed,
-            window,
-        )
+        self.max_tokens = max_tokens
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.seed = seed
+        self.window = window
         self._epoch, self._begun, self._skip = 0, 0, 0
         self._planned: tuple[int, list[list[int]]] | None = None
 
@@ -74,10 +73,13 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         """The order of this epoch, from 0; loaders of accelerate and the Trainer call it."""
         if epoch != self._epoch:
-            self._epoch, self._begun = epoch, 0
+            self._epoch, self._begun, self._skip = epoch, 0, 0
 
     def state_dict(self) -> dict[str, int]:
-        """Where this rank is: the epoch, and how many of its batches were handed out."""
+        """Where this rank is: the epoch, and how many of its batches were handed out.
+
+        A loader with workers takes a few batches ahead of the training (accelerate's loaders keep count themselves).
+        """
         return {"epoch": self._epoch, "batches": self._begun, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -100,13 +102,15 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             rows = best_fit_decreasing(self.lengths[drawn], self.max_tokens)
             batches += [drawn[row].tolist() for row in rows]
         while len(batches) % self.num_replicas:
-            fullest = max(range(len(batches)), key=lambda i: len(batches[i]))
-            batch = batches[fullest]
-            batches[fullest], rest = batch[::2], batch[1::2]
-            batches.append(rest)
+            fullest = max(batches, key=len)
+            if len(fullest) == 1:
+                batches.append(min(batches, key=self._attention_cost))
+            else:
+                batches.remove(fullest)
+                batches += [fullest[::2], fullest[1::2]]
         batches.sort(key=self._attention_cost)
         steps = [batches[i : i + self.num_replicas] for i in range(0, len(batches), self.num_replicas)]
         return [batch for i in generator.permutation(len(steps)) for batch in steps[i]]
 
     def _attention_cost(self, batch: list[int]) -> int:
-        return int((self.lengths[batch].astype(np.int64) ** 2).sum())
+        return int((self.lengths[batch] ** 2).sum())

@@ -50,7 +50,7 @@ import flash_attention_here
 flash_attention_here.pretend()
 
 from padfree_patch import PackedSequences, applied
-from padfree_patch.attention import Needs, limits, sdpa, select
+from padfree_patch.attention import Needs, flash_family, sdpa, select
 from padfree_patch.attention import flash_attn as backend
 from padfree_patch.registry import registry
 from padfree_patch.testing import Unavailable, conformance, examples, pack, tiny_model
@@ -61,8 +61,8 @@ LENGTHS = (5, 17, 1, 40)
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
     """The real varlen function's calls, as bound arguments; and the backend that lets it have CPU tensors."""
-    monkeypatch.setattr(limits, "DEVICES", ("cpu",))
-    monkeypatch.setattr(limits, "DTYPES", (torch.float16, torch.float32))
+    monkeypatch.setattr(flash_family, "DEVICES", ("cpu",))
+    monkeypatch.setattr(flash_family, "DTYPES", (torch.float16, torch.float32))
     select.cache_clear()
     seen = []
     real = flash_attn.flash_attn_varlen_func

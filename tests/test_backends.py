@@ -154,6 +154,8 @@ def test_torch_varlen_is_called_as_the_real_function_says(monkeypatch, window, k
         given = dict(zip(names, args))
         calls.append(given)
         left = given["window_size"][0]
+        sequences = PackedSequences.from_cu_seqlens(given["cu_seq_q"])
+        assert given["cu_seq_k"] is given["cu_seq_q"] and given["max_k"] == given["max_q"]
         output = reference(*args[:3], sequences, scale=given["scale"], window=left + 1)
         return output.float(), None, None
 

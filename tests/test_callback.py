@@ -80,13 +80,19 @@ def test_a_run_that_is_not_packed_is_stopped(patched, tmp_path, how):
     assert log["sequences_per_row"] == 1 and (log["padding_saved"] > 0) == (how == "padding")
 
 
-def test_watching_costs_no_sync(patched):
+@pytest.mark.parametrize("padded", [False, True])
+def test_watching_costs_no_sync(llama, padded):
+    patched = llama if padded else apply(llama)
     batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)([{"input_ids": [1, 2]}, {"input_ids": [3]}])
+    if padded:  # unpatched upstream reads its mask; what matters is that watching adds nothing
+        batch = {"input_ids": torch.tensor([[1, 2], [3, 0]]), "attention_mask": torch.tensor([[1, 1], [1, 0]]) > 0}
+    llama.train()
+    with SyncCounter() as before:
+        llama(**batch)
     callback = PaddingFreeCallback()
     callback.on_train_begin(None, None, None, model=patched)
-    patched.train()
     with SyncCounter() as syncs:
         patched(**batch)
-    assert syncs.total == 0
+    assert syncs.total == before.total and (padded or syncs.total == 0)
     callback.on_train_end(None, None, None)
     assert not patched._forward_pre_hooks

@@ -268,3 +268,19 @@ def test_other_fields_are_carried_per_token_and_per_example():
 def test_packed_rows_that_contradict_themselves_are_errors(boundaries, message):
     with pytest.raises(PadfreeError, match=message):
         DataCollatorWithFlattening()([{"input_ids": [1, 2, 3], **boundaries}])
+
+
+@pytest.mark.parametrize("boundaries", [{"seq_lengths": [4, 3]}, {"position_ids": [0, 1, 2, 3, 0, 1, 2]}], ids=str)
+def test_completions_of_every_example_in_a_packed_row(boundaries):
+    row = {"input_ids": [5, 90, 6, 7, 8, 90, 9], "weight": [1.0] * 7, **boundaries}
+    collator = DataCollatorForCompletionOnlyLM(
+        [90], padding_free=True, return_flash_attn_kwargs=True, token_fields=["weight"]
+    )
+    batch = collator([row])
+    assert batch["packed_sequences"].lengths == (4, 3)
+    assert batch["labels"].tolist() == [[-100, -100, 6, 7, -100, -100, 9]]
+    assert batch["weight"].shape == (1, 7)
+    with pytest.raises(PadfreeError, match="example 0 is a row of 2 examples, which needs padding_free=True"):
+        DataCollatorForCompletionOnlyLM([90])([row])
+    with pytest.raises(PadfreeError, match="example 0 of 1 has no response template"):
+        collator([{**row, "input_ids": [5, 90, 6, 7, 8, 8, 9]}])

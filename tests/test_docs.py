@@ -9,8 +9,8 @@ import datasets
 import pytest
 import torch
 
-from padfree_patch.demo.data import train_tokenizer
 from padfree_patch.packing import PackedSequences
+from padfree_patch.texts import train_tokenizer
 
 PAGE = Path(__file__).parents[1] / "docs" / "training.md"
 

@@ -68,6 +68,12 @@ def test_ranks_share_an_epoch_evenly(replicas):
     assert [together[rank::replicas] for rank in range(replicas)] == ranks  # as accelerate deals them out
 
 
+def test_batches_that_cannot_be_divided_come_again():
+    """Three examples of which no two fit into a batch, and two ranks: a batch each, or one rank would wait for ever."""
+    batches = list(TokenBudgetBatchSampler([5, 4, 5], max_tokens=5, num_replicas=2))
+    assert sorted(batches) == [[0], [1], [1], [2]]
+
+
 def test_batches_of_one_step_cost_alike():
     lengths = np.array(uneven_lengths(2000))
     batches = list(TokenBudgetBatchSampler(lengths, max_tokens=600, num_replicas=4))
@@ -99,6 +105,9 @@ def test_resumes_in_the_middle_of_an_epoch():
     other.load_state_dict(state)
     assert begun + list(other) == whole
     assert list(other) == whole  # the next pass is a whole one
+    other.load_state_dict(state)
+    other.set_epoch(4)
+    assert len(list(other)) == len(other)  # another epoch begins at its beginning
     with pytest.raises(PadfreeError, match="seed 0, this sampler 5"):
         TokenBudgetBatchSampler([1], max_tokens=2, seed=5).load_state_dict(state)
 
@@ -194,3 +203,7 @@ def test_data_that_cannot_be_packed_is_an_error():
         pack_dataset(data, 9, too_long="wrap")
     with pytest.raises(PadfreeError, match="example 1 has 0 tokens"):
         pack_dataset(dataset_of([9, 0]), 9)
+    with pytest.raises(PadfreeError, match="packed already"):
+        pack_dataset(pack_dataset(data, 9), 9)
+    with pytest.raises(PadfreeError, match="found IterableDataset"):
+        pack_dataset(data.to_iterable_dataset(), 9)

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from padfree_patch import DataCollatorForCompletionOnlyLM, DataCollatorWithFlattening, apply, pack_dataset, versions
 
 LENGTHS = [5, 9, 2, 12, 7, 17, 3, 4, 6, 11, 2, 8, 13, 5, 9, 4, 6, 3, 10, 7]
-COUNTS_FIRST_TOKENS = versions.inside(versions.transformers_version(), ">=4.46,<5.23")
+COUNTS_FIRST_TOKENS = versions.inside(versions.transformers_version(), ">=4.46,<5.10")
 """Whether the Trainer divides by a number of labels in which those that nothing predicts are counted."""
 
 

@@ -11,7 +11,8 @@ sequence, with two differences to what the public function would do:
 
 The operators are private to PyTorch: `works` finds out whether they are here and right; `sdpa` does without if not.
 
-Letters: T tokens of all sequences, L of one, H query heads, K key/value heads, G = H / K, D head size.
+Letters: T tokens of all sequences, L of one, H query heads, K key/value heads, G = H / K, D head size. of_x is the
+gradient of x.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ class _Attention(torch.autograd.Function):
         inputs = _pieces(lengths, _rows(of_out), q, k, v, out)
         for needed, its_lse, results in zip(inputs, _pieces(lengths, lse), _pieces(lengths, of_q, of_k, of_v)):
             length = its_lse[0].shape[2]
-            if q.dtype == torch.bfloat16 and length >= MATMULS_FROM and not 0 < window < length:
+            by_matmuls = q.dtype == torch.bfloat16 and length >= MATMULS_FROM and scale > 0
+            if by_matmuls and not 0 < window < length:
                 gradients = _bfloat16_backward(*needed, *its_lse, scale=scale)
             else:
                 gradients = _backward(*(x.to(lse.dtype) for x in needed), *its_lse, scale=scale, window=window)

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import versions
 from ..errors import PadfreeError
 from ..packing import PackedSequences
-from .limits import flash_kernels_refuse, left_and_right
+from .flash_family import call_varlen_func, kernels_refuse
 
 if TYPE_CHECKING:
     from . import Needs
@@ -28,7 +28,7 @@ def refusal(needs: Needs) -> str | None:
     """Why this backend can't do what is needed, or None."""
     if versions.installed("flash-attn") is None:
         return "package flash-attn is not installed (pip install flash-attn)"
-    if reason := flash_kernels_refuse(needs):
+    if reason := kernels_refuse(needs):
         return reason
     try:
         takes = inspect.signature(_varlen_func()).parameters
@@ -57,27 +57,11 @@ def attend(
     Raises PadfreeError if the batch exceeds what the kernel can index (`check_int32_bound`).
     """
     check_int32_bound(sequences, heads=q.shape[1], head_dim=q.shape[2])
-    # What older versions of the package do not know is only passed when it is asked for.
-    options: dict[str, Any] = {}
-    if window:
-        options["window_size"] = left_and_right(window)
-    if softcap:
-        options["softcap"] = softcap
     triton = os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE", "FALSE") == "TRUE"  # as the package itself asks
     if triton:  # its backward reads k, v and the output's gradient with the strides of others, without an error
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    output: Tensor = _varlen_func()(
-        q,
-        k,
-        v,
-        cu_seqlens_q=sequences.cu_seqlens,
-        cu_seqlens_k=sequences.cu_seqlens,
-        max_seqlen_q=sequences.max_seqlen,
-        max_seqlen_k=sequences.max_seqlen,
-        dropout_p=dropout,
-        softmax_scale=scale,
-        causal=True,
-        **options,
+    output: Tensor = call_varlen_func(
+        _varlen_func(), q, k, v, sequences, scale=scale, window=window, softcap=softcap, dropout_p=dropout
     )
     if triton and output.requires_grad:
         output.register_hook(Tensor.contiguous)

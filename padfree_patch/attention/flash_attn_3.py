@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..packing import PackedSequences
-from .limits import flash_kernels_refuse, left_and_right
+from .flash_family import call_varlen_func, kernels_refuse
 
 if TYPE_CHECKING:
     from . import Needs
@@ -37,7 +37,7 @@ def refusal(needs: Needs) -> str | None:
     missing = {"window_size": needs.window, "softcap": needs.softcap}
     if unknown or any(asked and name not in takes for name, asked in missing.items()):
         return "this build of flash_attn_3 is older than flash-attn 2.8; build it from a newer one"
-    return flash_kernels_refuse(needs)
+    return kernels_refuse(needs)
 
 
 def attend(
@@ -53,22 +53,8 @@ def attend(
 ) -> Tensor:
     """Causal attention inside each sequence; arguments and result as in `padfree_patch.attention.sdpa.attend`."""
     assert not dropout, "the selector never sends dropout here"
-    options: dict[str, Any] = {}
-    if window:
-        options["window_size"] = left_and_right(window)
-    if softcap:
-        options["softcap"] = softcap
-    output: Tensor | tuple[Tensor, ...] = _varlen_func()(
-        q,
-        k,
-        v,
-        cu_seqlens_q=sequences.cu_seqlens,
-        cu_seqlens_k=sequences.cu_seqlens,
-        max_seqlen_q=sequences.max_seqlen,
-        max_seqlen_k=sequences.max_seqlen,
-        softmax_scale=scale,
-        causal=True,
-        **options,
+    output: Tensor | tuple[Tensor, ...] = call_varlen_func(
+        _varlen_func(), q, k, v, sequences, scale=scale, window=window, softcap=softcap
     )
     return output[0] if isinstance(output, tuple) else output  # builds of 2024 return the log-sum-exp as well
 

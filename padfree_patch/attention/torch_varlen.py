@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import versions
 from ..packing import PackedSequences
-from .limits import flash_kernels_refuse, left_and_right
+from .flash_family import kernels_refuse, left_and_right
 
 if TYPE_CHECKING:
     from . import Needs
@@ -33,7 +33,7 @@ def refusal(needs: Needs) -> str | None:
         return "varlen_attn has no dropout"
     if needs.softcap:
         return "varlen_attn has no softcap"
-    return flash_kernels_refuse(needs)
+    return kernels_refuse(needs)
 
 
 def attend(

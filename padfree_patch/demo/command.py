@@ -13,11 +13,13 @@ from typing import Any
 
 import click
 
-from padfree_patch.demo import data, start
+from padfree_patch.demo import start
 from padfree_patch.demo.launch import WorkerFailed, run_worker
 from padfree_patch.demo.results import Comparison, Run
+from padfree_patch.texts import read_texts, shuffled, tokenise, train_tokenizer
 
 NEEDED = ("accelerate", "matplotlib", "rich")
+SAMPLE = Path(__file__).with_name("instructions.jsonl")
 SMALL_MODEL = "small random Llama"
 # Adam amplifies rounding. At 1e-3 the small model's losses come up to 3e-5 apart in 30 steps, and 1e-5 between two
 # padded runs that differ in nothing but the number of pads; at 5e-4 less than 3e-6 (seeds 0, 1, 2).
@@ -89,7 +91,7 @@ def demo(
             "scratch": scratch,
         }
         try:
-            texts = data.read_texts(data_file or data.SAMPLE)
+            texts = read_texts(data_file or SAMPLE)
             prepare(job, texts, random_model=not model, count=steps * batch_size, max_length=max_length, seed=seed)
             padded, padding_free = run_both(job, steps=steps, scratch=Path(scratch), output=output)
         except (OSError, ValueError, WorkerFailed) as error:
@@ -120,7 +122,7 @@ def prepare(
     import transformers
 
     if random_model:
-        tokenizer = data.train_tokenizer(texts, vocab_size=start.VOCABULARY)
+        tokenizer = train_tokenizer(texts, vocab_size=start.VOCABULARY)
         start.make_small_llama(Path(job["model"]), tokenizer, seed=seed)
     else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"])
@@ -130,7 +132,7 @@ def prepare(
         raise ValueError(
             f"--max-length {max_length}: the model has {positions} positions; pass --max-length {positions}"
         )
-    examples = data.tokenise(data.shuffled(texts, count=count, seed=seed), tokenizer, max_length=max_length)
+    examples = tokenise(shuffled(texts, count=count, seed=seed), tokenizer, max_length=max_length)
     Path(job["examples"]).write_text(json.dumps(examples))
 
 

@@ -21,7 +21,8 @@ import transformers
 from torch.utils.data import DataLoader
 
 import padfree_patch
-from padfree_patch.demo import crowding, memory, start
+from padfree_patch import memory
+from padfree_patch.demo import crowding, start
 from padfree_patch.demo.results import Probe, Run
 
 Example = dict[str, list[int]]

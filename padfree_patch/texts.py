@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-SAMPLE = Path(__file__).with_name("instructions.jsonl")
+from .errors import PadfreeError
+
 FIELDS = ("prompt", "completion")
 
 
-class DataError(ValueError):
+class DataError(PadfreeError):
     """A data file that cannot be trained on; the message says where and why."""
 
 

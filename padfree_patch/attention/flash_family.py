@@ -1,10 +1,14 @@
-"""What the CUDA kernels of the flash-attention family have in common: what they run on, and how they count a window."""
+"""What the CUDA kernels of the flash-attention family have in common: what they run on, and how they are called."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
+from ..packing import PackedSequences
 
 if TYPE_CHECKING:
     from . import Needs
@@ -16,7 +20,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 """Dtypes that they take."""
 
 
-def flash_kernels_refuse(needs: Needs) -> str | None:
+def kernels_refuse(needs: Needs) -> str | None:
     """Why no kernel of this family can do what is needed, or None."""
     if needs.device not in DEVICES:
         return f"needs tensors on cuda, found {needs.device}"
@@ -38,3 +42,34 @@ def left_and_right(window: int) -> tuple[int, int]:
     (3, 0)
     """
     return (window - 1, 0)
+
+
+def call_varlen_func(
+    function: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: PackedSequences,
+    *,
+    scale: float,
+    window: int,
+    softcap: float,
+    **more: Any,
+) -> Any:
+    """Calls a package's `flash_attn_varlen_func`; what its older versions do not know only when it is asked for."""
+    if window:
+        more["window_size"] = left_and_right(window)
+    if softcap:
+        more["softcap"] = softcap
+    return function(
+        q,
+        k,
+        v,
+        cu_seqlens_q=sequences.cu_seqlens,
+        cu_seqlens_k=sequences.cu_seqlens,
+        max_seqlen_q=sequences.max_seqlen,
+        max_seqlen_k=sequences.max_seqlen,
+        softmax_scale=scale,
+        causal=True,
+        **more,
+    )
