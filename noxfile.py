@@ -196,7 +196,7 @@ def real_input(session: nox.Session) -> None:
 
 @nox.session
 def benchmark(session: nox.Session) -> None:
-    """One benchmark, `-- step ...`, `attention`, `overhead`, `scaling`, `convergence ...` or `report`, on the newest transformers."""
+    """`-- step ...`, `attention`, `overhead`, `scaling`, `convergence ...` or `report`, on the newest transformers."""
     session.install("-e", ".[demo]", *pins(VERSIONS[-1]))
     name, *arguments = session.posargs
     # glibc would give every block over 32 MB back to the system, and page faults would be timed instead of the step.
