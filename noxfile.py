@@ -21,7 +21,8 @@ if places := os.environ.get("PIP_FIND_LINKS"):
     os.environ.setdefault("UV_FIND_LINKS", ",".join(places.split()))
 
 TORCH = "torch==2.13.0"
-NUMPY_1 = ["numpy<2", "datasets", "pyarrow<21"]  # the last pyarrow that imports beside it
+BITSANDBYTES = "bitsandbytes==0.50.2"  # its 4-bit and 8-bit linears run on a CPU
+NUMPY_1 = ["numpy<2", "datasets", "pyarrow<21", BITSANDBYTES]  # the last pyarrow that imports beside it
 # The transformers that the tests run on, each with the accelerate and peft of its time: peft 0.21 does not import
 # beside transformers 4.36 and 4.41 and breaks on 4.43, accelerate 1.15 refuses what the Trainer of 4.36 passes it.
 # All of them import, train and save on torch 2.13 and Python 3.11, the 4.x with the numpy they were made for.
@@ -31,7 +32,7 @@ BESIDE = {
     "4.43.4": ["accelerate==0.33.0", "peft==0.12.0", *NUMPY_1],
     "4.47.1": ["accelerate==1.2.1", "peft==0.14.0", *NUMPY_1],
     "4.57.6": ["accelerate==1.12.0", "peft==0.18.0", *NUMPY_1],
-    "5.23.0": ["accelerate==1.15.0", "peft==0.21.2", "datasets"],
+    "5.23.0": ["accelerate==1.15.0", "peft==0.21.2", "datasets", BITSANDBYTES],
 }
 VERSIONS = list(BESIDE)
 
@@ -112,8 +113,24 @@ def flash_attn(session: nox.Session, transformers: str) -> None:
 def trl(session: nox.Session, transformers: str) -> None:
     """SFTTrainer with our collators, on a TRL of the time of each transformers version."""
     session.install("-e", ".[test]", *pins(transformers), TRL[transformers])
-    arguments = session.posargs or ["-W", "default"]  # TRL's own warnings
-    session.run("pytest", "tests/trl_checks.py", *arguments, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    _checks(session, "trl_checks.py")
+
+
+@nox.session
+def stack(session: nox.Session) -> None:
+    """DeepSpeed on two CPU processes, and TRL, on the newest transformers."""
+    session.install("-e", ".[test]", *pins(VERSIONS[-1]), TRL[VERSIONS[-1]], "setuptools", "ninja", "py-cpuinfo")
+    # Its operators are compiled when they are first needed; of CUDA's none is.
+    session.install("--no-build-isolation", "deepspeed==0.19.8", env={"DS_BUILD_OPS": "0"})
+    _checks(session, "deepspeed_checks.py", "trl_checks.py")
+
+
+def _checks(session: nox.Session, *files: str) -> None:
+    """Tests of a library that the ordinary tests do without."""
+    report = Path(session.virtualenv.location) / "junit.xml"
+    arguments = [f"--junitxml={report}", *(f"tests/{file}" for file in files), "-W", "default", *session.posargs]
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    session.run("pytest", *arguments, env=environment)  # -W: their own warnings
 
 
 # fmt: off
@@ -196,7 +213,7 @@ def real_input(session: nox.Session) -> None:
 
 @nox.session
 def benchmark(session: nox.Session) -> None:
-    """`-- step ...`, `attention`, `overhead`, `scaling`, `convergence ...` or `report`, on the newest transformers."""
+    """`-- step ...`, `memory ...`, `attention`, `overhead`, `scaling`, `convergence ...` or `report`, on the newest."""
     session.install("-e", ".[demo]", *pins(VERSIONS[-1]))
     name, *arguments = session.posargs
     # glibc would give every block over 32 MB back to the system, and page faults would be timed instead of the step.

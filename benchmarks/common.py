@@ -17,11 +17,15 @@ from matplotlib.figure import Figure
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from padfree_patch import versions
+from padfree_patch.bench import step_batches
 from padfree_patch.texts import read_texts, shuffled, tokenise
 
 RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks"
 COLOURS = {"padded": "#b0b7c3", "packed": "#1f6feb", "native": "#e08600", "ceiling": "#2da44e"}
 NAMES = {"padded": "padded", "packed": "padding-free", "native": "native packed", "ceiling": "ceiling"}
+REAL, SMALL = "SmolLM2-135M", "4 layers"
+LARGEST_PADDED = {REAL: 8192, SMALL: 32768}
+"""Tokens of the largest padded batch that fits into 24 GB with everything that the backward needs."""
 
 matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10})
 
@@ -66,6 +70,18 @@ def small_model(*, layers: int = 4, vocabulary: int = 8192, **changes: Any) -> A
         attn_implementation="sdpa",
     )
     return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def load(folder: str, name: str) -> Any:
+    """The real weights, or four layers of the same width with random ones and a smaller vocabulary."""
+    if name == SMALL:
+        return small_model()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+
+
+def fold(model: Any, examples: list[torch.Tensor]) -> dict[str, dict[str, Any]]:
+    """Step batches with token numbers that the model has."""
+    return step_batches([ids % model.config.vocab_size for ids in examples])
 
 
 def batches_from(file: Path, tokenizer: Any, *, batch_size: int, count: int, max_length: int) -> Iterator[list[Any]]:

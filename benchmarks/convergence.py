@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import padfree_patch
 from padfree_patch.bench import step_batches
 
+BOUND = 10
+"""How many times the control's difference a padded step's loss may be off: two orders of summation, not one."""
 KINDS = ("padded", "packed", "naive", "control")
 COLOUR_OF = {**COLOURS, "naive": "#cf222e", "control": "#8250df"}
 NAME_OF = {**NAMES, "naive": "naively packed", "control": "padding-free, one thread"}
@@ -61,10 +63,16 @@ def main(
         "batch_size": batch_size,
         "layers": layers,
         "learning_rate": learning_rate,
+        "held_out": held_out * batch_size,
+        "bound": BOUND,
         "validation_before": evaluated(model, validation),
     }
     largest = {other: max(each) for other, each in differences.items()}
     save("convergence", {"settings": settings, "runs": runs, "largest_difference": largest}, picture(runs, differences))
+    if largest["padded"] > BOUND * largest["control"]:
+        raise SystemExit(
+            f"padded and padding-free are {largest['padded']:.1e} apart, the control {largest['control']:.1e}"
+        )
 
 
 def run(

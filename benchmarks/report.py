@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -25,8 +26,10 @@ def main() -> None:
 
 def page() -> str:
     """The text with the tables and figures in their places."""
-    names = ("step", "attention", "scaling", "overhead", "packing")
-    step, attention, scaling, overhead, packing = (json.loads((RESULTS / f"{name}.json").read_text()) for name in names)
+    names = ("step", "memory", "attention", "scaling", "convergence", "overhead", "packing")
+    step, memory, attention, scaling, convergence, overhead, packing = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in names
+    )
     fits = scaling["fits"]
     return TEXT.read_text().format(
         **{name: step["environment"][name] for name in ("threads", "cpu", "torch", "transformers")},
@@ -36,7 +39,7 @@ def page() -> str:
             ("model", *PARTS),
             ((name, *(f"{of.get(part, 0):.0%}" for part in PARTS)) for name, of in step["profiles"].items()),
         ),
-        memory=memory_table(step["memory"]),
+        memory=memory_table(memory["found"]),
         attention=attention_table(attention["speeds"]),
         errors=table(
             ("dtype", "", "output", "gradients"),
@@ -45,6 +48,7 @@ def page() -> str:
         options=table(
             ("dtype", "option", "time"), ((e["dtype"], e["option"], f"{e['ratio']:.2f}") for e in attention["options"])
         ),
+        **convergence_values(convergence),
         row_length=f"{packing['max_length']:,}",
         packing=packing_table(packing["rows"]),
         million_plan=f"{packing['million']['plan_seconds']:.1f}",
@@ -97,16 +101,16 @@ def step_table(ratios: list[dict[str, Any]]) -> str:
 
 def memory_table(found: list[dict[str, Any]]) -> str:
     rows = []
-    for data in dict.fromkeys(each["data"] for each in found):
-        padded, packed = (
-            next(each for each in found if (each["data"], each["kind"]) == (data, kind))
+    for model, data in dict.fromkeys((each["model"], each["data"]) for each in found):
+        of_kinds = [
+            [each for each in found if (each["model"], each["data"], each["kind"]) == (model, data, kind)]
             for kind in ("padded", "packed")
-        )
-        growth = [each["peak_bytes"] - each["held_bytes"] for each in (padded, packed)]
-        peaks = [each["peak_bytes"] for each in (padded, packed)]
+        ]
+        growth = [median(each["peak_bytes"] - each["held_bytes"] for each in of_kind) for of_kind in of_kinds]
+        peaks = [median(each["peak_bytes"] for each in of_kind) for of_kind in of_kinds]
         in_gib = (f"{peak / 2**30:.2f} GiB" for peak in peaks)
-        rows.append((data, *in_gib, f"**{peaks[1] / peaks[0] - 1:+.0%}**", f"{growth[1] / growth[0] - 1:+.0%}"))
-    return table(("data", "padded", "padding-free", "peak", "growth"), rows)
+        rows.append((model, data, *in_gib, f"**{peaks[1] / peaks[0] - 1:+.0%}**", f"{growth[1] / growth[0] - 1:+.0%}"))
+    return table(("model", "data", "padded", "padding-free", "peak", "growth"), rows)
 
 
 def attention_table(speeds: list[dict[str, Any]]) -> str:
@@ -129,6 +133,30 @@ def packing_table(found: list[dict[str, Any]]) -> str:
             (each["data"], f"{each['examples']:,}", f"**{next(ways)}**", next(ways), f"{each['sampler']['waste']:.2%}")
         )
     return table(("data", "examples", "pack_dataset", "TRL's", "sampler's waste"), rows)
+
+
+def convergence_values(found: dict[str, Any]) -> dict[str, Any]:
+    settings, apart, runs = found["settings"], found["largest_difference"], found["runs"]
+    rows = []
+    for kind, name in (("padded", "padded"), ("packed", "padding-free"), ("control", "control"), ("naive", "naive")):
+        run = runs[kind]
+        difference = f"{apart[kind]:.1e}" if kind in apart else ""
+        rows.append((name, f"{run['losses'][-1]:.6f}", f"**{run['validation_loss']:.6f}**", difference))
+    return {
+        "convergence": table(
+            ("run", "last training loss", "validation loss", "largest difference of a step's loss from padding-free"),
+            rows,
+        ),
+        "run_layers": settings["layers"],
+        "run_data": settings["data"],
+        "run_steps": settings["steps"],
+        "run_batch": settings["batch_size"],
+        "run_held_out": settings["held_out"],
+        "run_before": f"{settings['validation_before']:.4f}",
+        "run_bound": settings["bound"],
+        "run_of_control": apart["padded"] / apart["control"],
+        "run_naive_of_control": apart["naive"] / apart["control"],
+    }
 
 
 def scaling_table(found: list[dict[str, Any]]) -> str:

@@ -11,28 +11,33 @@ from __future__ import annotations
 
 import gc
 import itertools
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from common import COLOURS, NAMES, batches_from, median_of, progress, save, small_model
+from common import (
+    COLOURS,
+    LARGEST_PADDED,
+    NAMES,
+    REAL,
+    SMALL,
+    batches_from,
+    fold,
+    load,
+    median_of,
+    progress,
+    save,
+)
 from matplotlib.figure import Figure
 from torch.autograd.profiler_util import FunctionEvent
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from padfree_patch import applied
-from padfree_patch.bench import step_batches, timed_step
+from padfree_patch.bench import timed_step
 from padfree_patch.demo.crowding import waited_seconds
-from padfree_patch.memory import peak_bytes, reset_peak, resident_bytes
 
-REAL, SMALL = "SmolLM2-135M", "4 layers"
 KINDS = ("padded", "packed", "native", "ceiling")
-LARGEST_PADDED = {REAL: 8192, SMALL: 32768}
-"""Tokens of the largest padded batch that fits into 24 GB with everything that the backward needs."""
 
 
 @click.command()
@@ -42,7 +47,6 @@ LARGEST_PADDED = {REAL: 8192, SMALL: 32768}
 @click.option("--rounds", default=4, show_default=True, help="Batches per data set and batch size, 4 layers.")
 @click.option("--real-rounds", default=2, show_default=True, help="The same for the real weights.")
 @click.option("--max-length", default=2048, show_default=True)
-@click.option("--memory-of", type=click.Choice(["padded", "packed"]), hidden=True, help="Only this, in this process.")
 def main(
     folder: str,
     files: tuple[Path, ...],
@@ -50,19 +54,14 @@ def main(
     rounds: int,
     real_rounds: int,
     max_length: int,
-    memory_of: str | None,
 ) -> None:
-    """Time steps, measure memory, and see where the time goes."""
+    """Time steps, and see where the time goes."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def drawn(file: Path, batch_size: int, count: int) -> list[list[torch.Tensor]]:
         return list(batches_from(file, tokenizer, batch_size=batch_size, count=count, max_length=max_length))
 
-    if memory_of:
-        model = load(folder, SMALL)
-        print(json.dumps(memory_here(model, memory_of, drawn(files[0], batch_sizes[0], rounds))))
-        return
     runs: list[dict[str, Any]] = []
     profiles: dict[str, dict[str, float]] = {}
     with progress() as bar:
@@ -83,19 +82,8 @@ def main(
             profiles[name] = profile(model, drawn(files[0], 8, 1)[0])
             del model
             gc.collect()
-    memory = [memory_apart(folder, file, kind, max_length) for file in files for kind in ("padded", "packed")]
-    results = {"runs": runs, "ratios": [ratios_of(run) for run in runs], "profiles": profiles, "memory": memory}
+    results = {"runs": runs, "ratios": [ratios_of(run) for run in runs], "profiles": profiles}
     save("step", results, picture(results["ratios"]))
-
-
-def load(folder: str, name: str) -> Any:
-    """The real weights, or four layers of the same width with random ones and a smaller vocabulary."""
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa") if name == REAL else small_model()
-
-
-def fold(model: Any, examples: list[torch.Tensor]) -> dict[str, dict[str, Any]]:
-    """Step batches with token numbers that the model has."""
-    return step_batches([ids % model.config.vocab_size for ids in examples])
 
 
 def one_round(model: Any, examples: list[torch.Tensor], order: tuple[str, ...], most_padded: int) -> dict[str, Any]:
@@ -174,23 +162,6 @@ def part_of(event: FunctionEvent, vocabulary: int) -> str:
     if any(each.name in ("aten::mm", "aten::addmm", "aten::linear", "aten::matmul") for each in family):
         return "linear layers"
     return "the rest"
-
-
-def memory_here(model: Any, kind: str, batches: list[list[torch.Tensor]]) -> dict[str, Any]:
-    """Peak memory of this process over steps on some batches, and what it held before."""
-    before = resident_bytes()
-    reset_peak()
-    for examples in batches:
-        timed_step(model, fold(model, examples)[kind], patched=kind == "packed")
-    return {"kind": kind, "held_bytes": before, "peak_bytes": peak_bytes()}
-
-
-def memory_apart(folder: str, file: Path, kind: str, max_length: int) -> dict[str, Any]:
-    """`memory_here` at batch 8, in a process of its own."""
-    options = ["--model", folder, "--data", str(file), "--memory-of", kind, "--batch-size", "8"]
-    command = [sys.executable, __file__, *options, "--rounds", "5", "--max-length", str(max_length)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {"data": file.name.split(".")[0], "batch_size": 8, **json.loads(output.splitlines()[-1])}
 
 
 def picture(ratios: list[dict[str, Any]]) -> Figure:

@@ -15,6 +15,7 @@ from .estimation import Estimate, estimate
 from .explanation import Explanation, explain
 from .packing import PackedSequences
 from .patching import applied, apply, restore
+from .preference import DataCollatorForPreference
 from .registry import Patch
 from .samplers import TokenBudgetBatchSampler
 from .unpacking import last_tokens, sequence_log_probs, unpack
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DataCollatorForCompletionOnlyLM",
+    "DataCollatorForPreference",
     "DataCollatorWithFlattening",
     "Estimate",
     "Explanation",

@@ -175,6 +175,7 @@ def _sequences_from(lengths: Mapping[str, Any], shape: tuple[int, int], device: 
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         if (cu_seqlens := lengths.get(name)) is None:
             continue
+        _check_whole(name, cu_seqlens)
         if not found:
             largest = next(iter(longest.values()), None)
             found[name] = PackedSequences.from_cu_seqlens(cu_seqlens, max_seqlen=largest, total=total, device=device)
@@ -200,6 +201,16 @@ def _sequences_from(lengths: Mapping[str, Any], shape: tuple[int, int], device: 
             raise PadfreeError(f"{name} is {value}, but the longest sequence has {sequences.max_seqlen} tokens")
     _check_rows(shape, sequences)
     return sequences
+
+
+def _check_whole(name: str, cu_seqlens: Any) -> None:
+    """Raises PadfreeError for lengths that a loader took for a tensor with a batch dimension."""
+    if torch.as_tensor(cu_seqlens).numel() == 1:
+        raise PadfreeError(
+            f"{name} has a single value: a loader cut it like a batch, as accelerate's does when it deals batches out "
+            "(its default for an IterableDataset). Pass the Trainer accelerator_config={'dispatch_batches': False} "
+            "(dispatch_batches=False before 4.38), or the collator return_flash_attn_kwargs=False"
+        )
 
 
 def _check(good: Tensor, message: str, other: Any, sequences: PackedSequences) -> None:

@@ -93,9 +93,9 @@ class DataCollatorWithFlattening:
         separator = self.separator_id if separator_id is None else separator_id
         if not features:
             raise PadfreeError("no examples to collate")
-        tokens = [_values(feature, "input_ids", i) for i, feature in enumerate(features)]
+        tokens = [token_values(feature, "input_ids", i) for i, feature in enumerate(features)]
         has_labels = any("labels" in feature for feature in features)
-        labels = [_values(feature, "labels", i) for i, feature in enumerate(features)] if has_labels else tokens
+        labels = [token_values(feature, "labels", i) for i, feature in enumerate(features)] if has_labels else tokens
         for i, feature in enumerate(features):
             _check_example(i, len(features), tokens[i], labels[i], feature.get("attention_mask"))
         kept = self._kept([len(each) for each in tokens])
@@ -123,8 +123,8 @@ class DataCollatorWithFlattening:
         for name in self.token_fields:
             batch[name] = _row(_fields(features, name, tokens), padding, 0)
         for name in self.example_fields:
-            batch[name] = np.stack(_fields(features, name))
-        batch = _as_tensors(batch, return_tensors or self.return_tensors)
+            batch[name] = stacked_fields(features, name)
+        batch = as_tensors(batch, return_tensors or self.return_tensors)
         if self.return_flash_attn_kwargs:
             batch["packed_sequences"] = sequences
         return batch
@@ -204,7 +204,7 @@ class DataCollatorForCompletionOnlyLM:
         """
         examples = []
         for i, feature in enumerate(features):
-            tokens = _values(feature, "input_ids", i)
+            tokens = token_values(feature, "input_ids", i)
             inside = _lengths_inside(feature, len(tokens), i)
             if len(inside) > 1 and not self.padding_free:
                 raise PadfreeError(f"example {i} is a row of {len(inside)} examples, which needs padding_free=True")
@@ -264,10 +264,11 @@ class DataCollatorForCompletionOnlyLM:
             size = len(example["input_ids"])
             for name, values in batch.items():
                 values[row, width - size if left else 0 : width if left else size] = example[name]
-        return _as_tensors(batch, "pt")
+        return as_tensors(batch, "pt")
 
 
-def _values(feature: Mapping[str, Any], name: str, index: int) -> np.ndarray[Any, Any]:
+def token_values(feature: Mapping[str, Any], name: str, index: int) -> np.ndarray[Any, Any]:
+    """(T,) int64: a field of the feature that holds tokens or labels."""
     if feature.get(name) is None:
         raise PadfreeError(f"example {index} has no {name}; it has {', '.join(feature) or 'nothing'}")
     values = np.asarray(feature[name])
@@ -280,9 +281,9 @@ def _lengths_inside(feature: Mapping[str, Any], tokens: int, index: int) -> list
     """Tokens per example of a feature that may be a packed row of several."""
     found = {}
     if feature.get("seq_lengths") is not None:
-        found["seq_lengths"] = _values(feature, "seq_lengths", index).tolist()
+        found["seq_lengths"] = token_values(feature, "seq_lengths", index).tolist()
     if feature.get("position_ids") is not None:
-        positions = _values(feature, "position_ids", index)
+        positions = token_values(feature, "position_ids", index)
         if len(positions) != tokens:
             raise PadfreeError(f"example {index} has {tokens} tokens, but {len(positions)} position_ids")
         found["position_ids"] = list(PackedSequences.from_position_ids(torch.from_numpy(positions)).lengths)
@@ -298,6 +299,11 @@ def _lengths_inside(feature: Mapping[str, Any], tokens: int, index: int) -> list
 def _row(parts: Sequence[np.ndarray[Any, Any]], padding: int, value: int) -> np.ndarray[Any, Any]:
     """(1, T): the parts one after the other, and padding."""
     return np.pad(np.concatenate(parts), (0, padding), constant_values=value)[None]
+
+
+def stacked_fields(features: Sequence[Mapping[str, Any]], name: str) -> np.ndarray[Any, Any]:
+    """(features, ...): a field of every feature."""
+    return np.stack(_fields(features, name))
 
 
 def _fields(
@@ -329,7 +335,8 @@ def _check_example(
         raise PadfreeError(f"example {index} of {count} is padded by {padding} tokens; tokenise with padding=False")
 
 
-def _as_tensors(batch: dict[str, Any], kind: str) -> dict[str, Any]:
+def as_tensors(batch: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The arrays as they are ("np") or as tensors ("pt")."""
     if kind == "np":
         return batch
     if kind != "pt":

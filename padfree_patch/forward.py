@@ -140,7 +140,10 @@ def _check_packed_call(module: nn.Module, call: dict[str, Any], is_decoder: bool
             f"{name}: output_attentions of a packed batch: its weights are never computed; switch it off"
         )
     if needs_rows(module):
-        raise PadfreeError(f"{name} gives one result per row, so a packed row would give one for all its sequences")
+        raise PadfreeError(
+            f"{name} gives one result per row, so a packed row would give one for all its sequences; call its decoder, "
+            "and its head on padfree_patch.last_tokens(hidden_states, sequences)"
+        )
     decoder = getattr(module, "base_model", module)
     if not is_decoder and is_transformers_model(decoder) and not hasattr(decoder, OPT_IN):
         raise PadfreeError(f"{name} is patched, but the {type(decoder).__name__} in it is not; call apply again")

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -104,7 +104,8 @@ def verify(model: nn.Module) -> Verification:
 
     Works in train and eval mode, with frozen parameters, inside PEFT and under `torch.no_grad`. Leaves parameters,
     gradients, modes and the random state as they were. Takes seven short forwards and one backward. Of a model with a
-    head that gives one result per row, the decoder is looked at.
+    head that gives one result per row, the decoder is looked at. A model with weights of several dtypes that can't run
+    otherwise is run under autocast.
 
     Returns the figures; nothing is raised for a leak. Weights on the meta device or sharded over processes can't be
     run: then `skipped` says so.
@@ -170,9 +171,18 @@ class _Probe:
         ids = [torch.randint(vocabulary, (1, n), generator=generator).to(device) for n in (*LENGTHS, LENGTHS[0])]
         self.a, self.b, self.other_a = (embedding(each).detach() for each in ids)
         self.positions = torch.cat([torch.arange(n) for n in LENGTHS]).unsqueeze(0).to(device)
+        self.autocast: Any = nullcontext()
+        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        if len(dtypes) > 1:
+            try:
+                with torch.no_grad():
+                    self.alone(self.b)
+            except RuntimeError:  # norms in float32 beside weights in bfloat16: trained, and so run, under autocast
+                self.autocast = torch.autocast(device.type, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))
 
     def logits(self, embeds: Tensor, **options: Any) -> Tensor:
-        with rope.as_new(self.model):  # or the longest sequence so far would decide how the others are rotated
+        # As new, or the longest sequence so far would decide how the others are rotated.
+        with rope.as_new(self.model), self.autocast:
             output = self.model(inputs_embeds=embeds, **options)
         if isinstance(output, tuple):
             first: Tensor = output[0]
@@ -294,7 +304,7 @@ def _why_not(model: nn.Module) -> str | None:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """No dropout, no autocast; afterwards modes, random state and caches (rotary tables grow) are what they were."""
+    """No dropout, no autocast of the caller's; modes, random state and caches (rotary tables grow) as before afterwards."""
     training = [(module, module.training) for module in model.modules()]
     attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules() if module._buffers]
     values = [(buffer, buffer.clone()) for _, _, own in attributes for buffer in own.values() if buffer is not None]

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from comparison import written
 
 from padfree_patch.registry import Patch, registry
 from padfree_patch.testing import Unavailable, conformance, examples, pack, tiny_model
@@ -23,6 +24,15 @@ MACHINERY = [patch for patch in PATCHES if patch.model_type in ("llama", "mistra
 def _one_thread():
     """Tiny tensors: threads only cost time here, and the suite runs one process per core."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def measured(record_property):
+    """`measured(claim, steps=..., loss=...)` keeps in pytest's report how close a run came to its oracle.
+
+    Of the reports, tests/training_results.py makes docs/training-results.md.
+    """
+    return lambda claim, **figures: record_property("measured", written(claim, **figures))
 
 
 @pytest.fixture(params=MACHINERY, ids=lambda patch: patch.model_type)

@@ -1,45 +1,81 @@
-"""Two gloo processes that hold different numbers of sequences end with one process's loss and gradients."""
+"""Two gloo processes under torchrun, with different numbers of sequences, end with one process's loss and gradients."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import distributed_worker
 import pytest
 import torch
+import two_processes
+from comparison import SAME_WEIGHTS, assert_same_training
+from test_trainer import flattening, trained
+from transformers import TrainingArguments
+
+AVERAGES_OVER_RANKS = getattr(TrainingArguments, "average_tokens_across_devices", False)
+"""Whether the Trainer, as it comes, takes the mean over all ranks' tokens and not the mean of the ranks' means."""
 
 
-@pytest.mark.parametrize("way", distributed_worker.WAYS)
-def test_two_processes_are_one(tmp_path, way):
-    worker = Path(distributed_worker.__file__)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(worker.parent)])}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(worker), way, str(tmp_path), str(rank)],
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            said, _ = rank.communicate(timeout=120)  # a hang is a failure
-            assert rank.returncode == 0, said[-3000:]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    found = torch.load(tmp_path / "found.pt")
-    model = distributed_worker.model_here()
-    batch = distributed_worker.batch_of(slice(None))
-    loss = model(**batch).loss
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    return two_processes.torchrun(Path(two_processes.__file__), tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture
+def found(both):
+    """What each rank found."""
+    return both[0]
+
+
+@pytest.mark.parametrize("way", two_processes.WAYS)
+def test_two_processes_are_one(found, measured, way):
+    model = two_processes.apply(two_processes.llama())
+    loss = model(**two_processes.batch_of(slice(None))).loss
     loss.backward()
-    torch.testing.assert_close(found["loss"], loss.detach())
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert set(found["gradients"]) == set(expected)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-4, atol=1e-6)  # sums in another order
+    for rank in found:
+        torch.testing.assert_close(rank[way]["loss"], loss.detach())
+        assert set(rank[way]["gradients"]) == set(expected)
+        apart = {
+            name: ((rank[way]["gradients"][name] - each).norm() / each.norm()).item() for name, each in expected.items()
+        }
+        assert max(apart.values()) <= SAME_WEIGHTS
+        loss_apart = abs(rank[way]["loss"] - loss).item()
+        measured(
+            f"{way}, two processes against one",
+            steps=two_processes.STEPS,
+            loss=loss_apart,
+            gradients=max(apart.values()),
+        )
+
+
+@pytest.mark.parametrize("packed", ["packed", "stream"])
+def test_trainer_of_two_processes_trains_like_a_padded_one(found, measured, packed):
+    padded = "stream, padded" if packed == "stream" else "padded"
+    claim = f"Trainer, two processes (DDP), {'IterableDataset' if packed == 'stream' else 'map-style data set'}"
+    for rank in found:
+        before = two_processes.llama().parameters()
+        assert_same_training(rank[packed], rank[padded], before, measured, claim, library="accelerate")
+    torch.testing.assert_close(found[0][packed].weights, found[1][packed].weights, rtol=0, atol=0)  # one model
+
+
+@pytest.mark.skipif(not AVERAGES_OVER_RANKS, reason="this Trainer takes the mean of the ranks' means")
+def test_trainer_of_two_processes_trains_like_one(found, tmp_path, measured):
+    alone = trained(
+        two_processes.llama(), tmp_path, flattening(), patched=True
+    )  # four examples a step, not two and two
+    before, claim = two_processes.llama().parameters(), "Trainer, two processes (DDP) against one"
+    # Evaluations are means of batches' means, and one process has other batches.
+    packed, alone = (each._replace(evaluation=None) for each in (found[0]["packed"], alone))
+    assert_same_training(packed, alone, before, measured, claim, library="accelerate")
+
+
+def test_ranks_with_other_numbers_of_sequences_do_not_wait_for_each_other(found):
+    """Packed rows, of which each rank has others; weights stay the same on both."""
+    torch.testing.assert_close(found[0]["rows"].weights, found[1]["rows"].weights, rtol=0, atol=0)
+    assert len(found[0]["rows"].losses) == 3
+
+
+def test_batches_dealt_out_by_one_process_are_refused(both):
+    """Rows of different lengths can't be put together to be dealt out: the error ends the run on both ranks."""
+    assert both[1].returncode != 0
+    assert "You can't use batches of different size" in both[1].stdout

@@ -113,6 +113,24 @@ def test_works_in_half_precision_and_under_autocast(make):
         assert padfree_patch.verify(model)
 
 
+def norms_in_float32(model):
+    for parameter in model.to(torch.bfloat16).parameters():
+        if parameter.dim() == 1:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def test_runs_a_model_that_needs_autocast_under_it(make, batch):
+    """As PEFT's prepare_model_for_kbit_training leaves it."""
+    model = norms_in_float32(make())
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(input_ids=batch["input_ids"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not padfree_patch.verify(model)
+    with padfree_patch.applied(model):
+        assert padfree_patch.verify(model)
+
+
 def test_says_that_weights_are_broken(llama):
     with torch.no_grad():
         llama.lm_head.weight.fill_(float("nan"))

@@ -12,6 +12,7 @@ import inspect
 import datasets
 import pytest
 import torch
+from comparison import Training, assert_same_training
 from trl import SFTConfig, SFTTrainer
 
 from padfree_patch import (
@@ -26,6 +27,7 @@ from padfree_patch.registry import registry
 from padfree_patch.testing import tiny_model
 from padfree_patch.texts import train_tokenizer
 
+HAS_PADDING_FREE = "padding_free" in inspect.signature(SFTConfig).parameters
 LENGTHS = [5, 9, 2, 12, 7, 17, 3, 4, 6, 11, 2, 8, 13, 5, 9, 4]
 
 
@@ -62,8 +64,8 @@ def padding(features):
     return {"input_ids": padded, "attention_mask": mask, "labels": labels}
 
 
-def trained(model, tokenizer, folder, collator, dataset, *, patched, batch_size=4, callbacks=()):
-    """Losses as logged, and the weights."""
+def trained(model, tokenizer, folder, collator, dataset, *, patched, batch_size=4, callbacks=(), **options):
+    """What it came to, and the trainer."""
     model = copy.deepcopy(model)
     if patched:
         apply(model)
@@ -82,8 +84,7 @@ def trained(model, tokenizer, folder, collator, dataset, *, patched, batch_size=
         bf16=False,
         gradient_checkpointing=False,
         save_strategy="no",
-        dataset_kwargs={"skip_prepare_dataset": True},
-        **length,
+        **{"dataset_kwargs": {"skip_prepare_dataset": True}, **length, **options},
     )
     named = "processing_class" if "processing_class" in inspect.signature(SFTTrainer).parameters else "tokenizer"
     trainer = SFTTrainer(
@@ -95,23 +96,20 @@ def trained(model, tokenizer, folder, collator, dataset, *, patched, batch_size=
         **{named: tokenizer},
     )
     trainer.train()
-    return [each["loss"] for each in trainer.state.log_history if "loss" in each], list(model.parameters()), trainer
-
-
-def assert_same(found, expected, before):
-    assert found[0] == pytest.approx(expected[0], abs=2e-4)  # logged with four digits
-    for now, wanted, was in zip(found[1], expected[1], before):
-        assert (now - wanted).norm() <= 1e-4 * (wanted - was).norm()  # sums in another order
+    losses = [each["loss"] for each in trainer.state.log_history if "loss" in each]
+    return Training(losses, None, list(model.parameters())), trainer
 
 
 @pytest.mark.parametrize("lengths_given", [False, True])
-def test_sft_trains_like_padded(model, tokenizer, tmp_path, lengths_given):
-    before = [p.detach().clone() for p in model.parameters()]
-    padded = trained(model, tokenizer, tmp_path, padding, data(), patched=False)
+def test_sft_trains_like_padded(model, tokenizer, tmp_path, measured, lengths_given):
+    padded, _ = trained(model, tokenizer, tmp_path, padding, data(), patched=False)
     collator = DataCollatorWithFlattening(return_flash_attn_kwargs=lengths_given)
-    packed = trained(model, tokenizer, tmp_path, collator, data(), patched=True, callbacks=[PaddingFreeCallback()])
-    assert_same(packed, padded, before)
-    assert any("padding_saved" in each for each in packed[2].state.log_history)
+    packed, trainer = trained(
+        model, tokenizer, tmp_path, collator, data(), patched=True, callbacks=[PaddingFreeCallback()]
+    )
+    claim = f"SFTTrainer{', lengths given' * lengths_given}"
+    assert_same_training(packed, padded, model.parameters(), measured, claim, library="trl")
+    assert any("padding_saved" in each for each in trainer.state.log_history)
 
 
 def test_naive_packing_trains_something_else(model, tokenizer, tmp_path):
@@ -121,27 +119,27 @@ def test_naive_packing_trains_something_else(model, tokenizer, tmp_path):
         batch = DataCollatorWithFlattening()(features)
         return {**batch, "position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
 
-    padded = trained(model, tokenizer, tmp_path, padding, data(), patched=False)
-    naive = trained(model, tokenizer, tmp_path, one_text, data(), patched=False)
-    assert max(abs(a - b) for a, b in zip(naive[0], padded[0])) > 1e-3
+    padded, _ = trained(model, tokenizer, tmp_path, padding, data(), patched=False)
+    naive, _ = trained(model, tokenizer, tmp_path, one_text, data(), patched=False)
+    assert max(abs(a - b) for a, b in zip(naive.losses, padded.losses)) > 1e-3
 
 
-def test_sft_on_completions_only(model, tokenizer, tmp_path):
-    before = [p.detach().clone() for p in model.parameters()]
+def test_sft_on_completions_only(model, tokenizer, tmp_path, measured):
     texts = data(response=[85, 86])
 
     def answers(features):
         return padding([{**each, "labels": [-100] * 3 + each["input_ids"][3:]} for each in features])
 
-    padded = trained(model, tokenizer, tmp_path, answers, texts, patched=False)
+    padded, _ = trained(model, tokenizer, tmp_path, answers, texts, patched=False)
     collator = DataCollatorForCompletionOnlyLM([85, 86], tokenizer=tokenizer, padding_free=True)
-    assert_same(trained(model, tokenizer, tmp_path, collator, texts, patched=True), padded, before)
+    packed, _ = trained(model, tokenizer, tmp_path, collator, texts, patched=True)
+    assert_same_training(packed, padded, model.parameters(), measured, "SFTTrainer, completions only", library="trl")
 
 
 def test_sft_on_packed_rows(model, tokenizer, tmp_path):
     """Boundaries survive whatever the trainer does with the columns."""
     packed = pack_dataset(data(), 24)
-    _, _, trainer = trained(
+    _, trainer = trained(
         model,
         tokenizer,
         tmp_path,
@@ -154,3 +152,37 @@ def test_sft_on_packed_rows(model, tokenizer, tmp_path):
     logs = [each for each in trainer.state.log_history if "sequences_per_row" in each]
     assert len(logs) == 3 and all(each["sequences_per_row"] > 1 for each in logs)
     restore(trainer.model)
+
+
+@pytest.mark.skipif(not HAS_PADDING_FREE, reason="this TRL has no padding_free")
+def test_trls_own_padding_free_needs_the_patch(model, tokenizer, tmp_path, measured):
+    """It refuses a collator of others; with its own, and sdpa, it only mixes examples, unless the model is patched."""
+    padded, _ = trained(model, tokenizer, tmp_path, padding, data(), patched=False)
+    packed, _ = trained(model, tokenizer, tmp_path, None, data(), patched=True, padding_free=True)
+    claim = "SFTTrainer with its own padding_free"
+    assert_same_training(packed, padded, model.parameters(), measured, claim, library="trl")
+    with pytest.raises(ValueError, match="custom data collator is not supported"):
+        trained(model, tokenizer, tmp_path, DataCollatorWithFlattening(), data(), patched=True, padding_free=True)
+    mixed, _ = trained(model, tokenizer, tmp_path, None, data(), patched=False, padding_free=True)
+    assert max(abs(a - b) for a, b in zip(mixed.losses, padded.losses)) > 1e-3
+
+
+@pytest.mark.skipif(not HAS_PADDING_FREE, reason="this TRL has no padding_free")
+def test_trls_own_packing_is_isolated(model, tokenizer, tmp_path):
+    """A row of TRL's has the loss of its examples alone."""
+    options = {"packing": True, "max_length": 24, "dataset_kwargs": None}
+    _, trainer = trained(model, tokenizer, tmp_path, None, data(), patched=True, batch_size=1, **options)
+    row = trainer.train_dataset[0]
+    trainer.model.eval()
+    batch = trainer.data_collator([row])
+    alone, predicted = 0.0, 0
+    with torch.no_grad():
+        loss = trainer.model(**batch).loss
+        restore(trainer.model)
+        for ids in torch.tensor(row["input_ids"]).split(row["seq_lengths"]):
+            alone += (len(ids) - 1) * trainer.model(input_ids=ids[None], labels=ids[None]).loss
+            predicted += len(ids) - 1
+        mixed = trainer.model(**batch).loss
+    assert len(row["seq_lengths"]) > 1
+    torch.testing.assert_close(loss, alone / predicted)
+    assert abs(mixed - loss) > 1e-3  # the control

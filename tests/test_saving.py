@@ -1,0 +1,95 @@
+"""What a patched model saves loads anywhere without this package, and a run goes on where it was saved or killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import killed_run
+import pytest
+import torch
+from killed_run import saving_trainer
+
+import padfree_patch
+from padfree_patch.testing import examples
+
+LOAD = """
+import sys
+for name in [name for name in sys.modules if "padfree" in name]:
+    del sys.modules[name]  # an editable install's finder
+sys.modules["padfree_patch"] = None  # importing it is an error from here on
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    torch.save(model(input_ids=torch.load(sys.argv[2])).logits, sys.argv[2])
+"""
+
+
+@pytest.fixture(autouse=True)
+def _trusting_torch_load(monkeypatch):
+    """Trainers of before torch 2.6 load numpy's random state without saying that they trust it."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected:UserWarning"
+)
+
+
+def test_saved_model_loads_without_us(llama, tmp_path):
+    (tokens,) = examples((9,))
+    with torch.no_grad():
+        expected = llama(input_ids=tokens).logits
+    llama.save_pretrained(tmp_path / "before")
+    padfree_patch.apply(llama).save_pretrained(tmp_path / "after")
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("before", "after")]
+    assert files[0] == files[1]
+    torch.save(tokens, tmp_path / "tokens.pt")
+    arguments = [str(tmp_path / "after"), str(tmp_path / "tokens.pt")]
+    subprocess.run([sys.executable, "-c", LOAD, *arguments], check=True, timeout=120)
+    torch.testing.assert_close(torch.load(tmp_path / "tokens.pt"), expected)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Losses of a run that nothing interrupts, and what its checkpoints hold."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer = saving_trainer(folder)
+    trainer.train()
+    return losses_of(trainer), files_in(folder / "checkpoint-4")
+
+
+def losses_of(trainer):
+    return [each["loss"] for each in trainer.state.log_history if "loss" in each]
+
+
+def files_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_resumed_training_goes_on_with_the_same_losses(tmp_path, whole):
+    trainer = saving_trainer(tmp_path)
+    trainer.train()
+    resumed = saving_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert losses_of(resumed) == pytest.approx(whole[0], abs=1e-4)  # logged with four digits
+
+
+def test_killed_run_loses_only_what_was_not_saved(tmp_path, whole):
+    worker = Path(killed_run.__file__)
+    path = os.pathsep.join([*sys.path, str(worker.parent)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    killed = subprocess.run([sys.executable, str(worker), str(tmp_path)], env=environment, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert files_in(tmp_path / "checkpoint-4") == whole[1]
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    resumed = saving_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=True)  # the last one
+    losses = losses_of(resumed)
+    assert len(losses) == 6 and losses == pytest.approx(whole[0], abs=1e-4)
