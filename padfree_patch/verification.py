@@ -304,7 +304,7 @@ def _why_not(model: nn.Module) -> str | None:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """No dropout, no autocast of the caller's; modes, random state and caches (rotary tables grow) as before afterwards."""
+    """No dropout, no autocast; modes, random state and caches (rotary tables grow) are put back afterwards."""
     training = [(module, module.training) for module in model.modules()]
     attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules() if module._buffers]
     values = [(buffer, buffer.clone()) for _, _, own in attributes for buffer in own.values() if buffer is not None]
