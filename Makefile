@@ -11,7 +11,7 @@ demo: .venv/ready
 	@$(NOX) -s demo -- $(ARGS)
 
 test: .venv/ready
-	@$(NOX) -s lint wheel tests eras -- $(ARGS)
+	@$(NOX) -s lint wheel tests trl eras -- $(ARGS)
 
 lint: .venv/ready
 	@$(NOX) -s lint

@@ -3,7 +3,7 @@
 from pathlib import Path
 from xml.etree import ElementTree
 
-reports = [ElementTree.parse(path) for path in Path(".nox").glob("tests-*/junit*.xml")]
+reports = [ElementTree.parse(path) for path in Path(".nox").glob("t*-*/junit*.xml")]  # tests, trl
 
 
 def total(count: str) -> int:

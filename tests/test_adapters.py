@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from comparison import gradients_apart
+from packaging.version import Version
 from torch import nn
 
 import padfree_patch
@@ -95,6 +96,7 @@ def quantised(model, kind):
                 new = bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
             new.load_state_dict(linear.state_dict())
             setattr(module, name, new.to("cpu"))  # which quantises
+    setattr(model, f"is_loaded_in_{kind}", True)  # as transformers does; PEFT asks for it
     return model.requires_grad_(False)
 
 
@@ -104,6 +106,9 @@ QUANTISED = {"4bit": conformance.GRADIENT_TOLERANCE, "8bit": 2e-2}
 
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_lora_on_quantised_weights_trains_like_alone(make, measured, kind):
+    if kind == "8bit" and Version(peft.__version__) < Version("0.11"):
+        pytest.skip("this PEFT's 8-bit LoRA needs a bitsandbytes of its time, which needs CUDA")
+
     def make_alone():
         return adapted(quantised(make(), kind))
 

@@ -78,4 +78,4 @@ def test_ranks_with_other_numbers_of_sequences_do_not_wait_for_each_other(found)
 def test_batches_dealt_out_by_one_process_are_refused(both):
     """Rows of different lengths can't be put together to be dealt out: the error ends the run on both ranks."""
     assert both[1].returncode != 0
-    assert "You can't use batches of different size" in both[1].stdout
+    assert "Sizes of tensors must match" in both[1].stdout  # newer accelerates say then what to do

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "training-results.md"
-COMMANDS = {"tests": "make test", "trl": "nox -s trl", "stack": "nox -s stack"}
+COMMANDS = {"tests": "make test", "trl": "nox -s trl", "deepspeed": "nox -s deepspeed"}
 """By the session whose report it is in, nox -s in .venv/bin."""
 
 HEAD = """# Training, measured
