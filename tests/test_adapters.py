@@ -106,7 +106,7 @@ QUANTISED = {"4bit": conformance.GRADIENT_TOLERANCE, "8bit": 2e-2}
 
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_lora_on_quantised_weights_trains_like_alone(make, measured, kind):
-    if kind == "8bit" and Version(peft.__version__) < Version("0.11"):
+    if kind == "8bit" and Version(peft.__version__) < Version("0.14"):
         pytest.skip("this PEFT's 8-bit LoRA needs a bitsandbytes of its time, which needs CUDA")
 
     def make_alone():
