@@ -61,16 +61,21 @@ def plan_packing(lengths: Iterable[int], max_length: int) -> PackingPlan:
 def check_lengths(lengths: Iterable[int], most: int) -> np.ndarray[Any, Any]:
     """int64 (examples,). Raises PadfreeError if there is none, or one is empty or longer than `most` tokens."""
     checked = np.fromiter(lengths, dtype=np.int64)
-    if not len(checked):
-        raise PadfreeError("no examples to pack")
-    if (shortest := checked.min()) < 1:
-        raise PadfreeError(f"example {int(checked.argmin())} has {shortest} tokens; leave empty examples out")
+    check_not_empty(checked)
     if (longest := checked.max()) > most:
         raise PadfreeError(
             f"{int((checked > most).sum())} of {len(checked)} examples have more than {most} tokens, example "
             f"{int(checked.argmax())} has {longest}; cut them or leave them out first, or allow more"
         )
     return checked
+
+
+def check_not_empty(lengths: np.ndarray[Any, Any]) -> None:
+    """Raises PadfreeError if there is no example, or one has no tokens."""
+    if not len(lengths):
+        raise PadfreeError("no examples to pack")
+    if (shortest := lengths.min()) < 1:
+        raise PadfreeError(f"example {int(lengths.argmin())} has {shortest} tokens; leave empty examples out")
 
 
 def best_fit_decreasing(lengths: np.ndarray[Any, Any], capacity: int) -> list[list[int]]:

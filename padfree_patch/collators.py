@@ -11,7 +11,7 @@ import torch
 
 from .errors import PadfreeError
 from .forward import IGNORED_LABEL
-from .packing import PackedSequences
+from .packing import PackedSequences, read_segments
 
 
 class DataCollatorWithFlattening:
@@ -31,8 +31,9 @@ class DataCollatorWithFlattening:
         return_tensors: "pt" or "np".
         return_position_ids: return `position_ids`, which restart at `position_ids_start` for every example.
         separator_id: label of each example's first token. None keeps the one it has: a patched model leaves it out of
-            the loss all the same, and the Trainers of 4.46 to 5.9, which divide by the number of labels and count first
-            tokens too, then count what they count in a padded batch.
+            its own loss all the same (one computed outside the model, as with label smoothing, does not), and the
+            Trainers of 4.46 to 5.9, which divide by the number of labels and count first tokens too, then count what
+            they count in a padded batch.
         return_flash_attn_kwargs: return `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`, and
             `packed_sequences`. An unpatched model refuses or ignores them.
         return_seq_idx: return `seq_idx`, the number of the example that a token belongs to, int32 (1, T).
@@ -83,7 +84,8 @@ class DataCollatorWithFlattening:
 
         Args:
             features: each with `input_ids` and, if one has them, `labels`, lists or 1-D tensors of one length. One that
-                holds several examples itself (`pack_dataset`) says so by `seq_lengths` or `position_ids` that restart.
+                holds several examples itself (`pack_dataset`) says so by `seq_lengths`, `position_ids` that restart,
+                `seq_idx` or an `attention_mask` of segment numbers.
             return_tensors, separator_id: instead of those given to the constructor.
 
         Returns int64 `input_ids` and `labels` (1, T), and what the constructor was asked for.
@@ -131,11 +133,18 @@ class DataCollatorWithFlattening:
 
     def _kept(self, lengths: list[int]) -> int:
         """How many of the features fit into `max_tokens`; counts the others."""
-        if self.max_tokens is None or sum(lengths) <= self.max_tokens:
+        if self.max_tokens is None:
             return len(lengths)
-        kept = int(np.searchsorted(np.cumsum(lengths), self.max_tokens, side="right"))
+        multiple = self.pad_to_multiple_of or 1
+        most = self.max_tokens // multiple * multiple  # what is added to reach a multiple counts
+        if sum(lengths) <= most:
+            return len(lengths)
+        kept = int(np.searchsorted(np.cumsum(lengths), most, side="right"))
         if not kept:
-            raise PadfreeError(f"the first example has {lengths[0]} tokens, more than max_tokens={self.max_tokens}")
+            raise PadfreeError(
+                f"the first example has {lengths[0]} tokens, more than max_tokens={self.max_tokens}"
+                + (f" has room for in multiples of {multiple}" if multiple > 1 else "")
+            )
         self.dropped_examples += len(lengths) - kept
         self.dropped_tokens += sum(lengths[kept:])
         warnings.warn(
@@ -162,7 +171,7 @@ class DataCollatorForCompletionOnlyLM:
         mlm: only False; TRL has it for its base class.
         ignore_index: label of what is not trained on.
         padding_free: flatten the examples (`DataCollatorWithFlattening`, which takes `flattening`) instead of padding.
-        pad_to_multiple_of: round the padded length up to it.
+        pad_to_multiple_of: round the padded length up to it, or the row's.
         flattening: arguments of `DataCollatorWithFlattening`.
     """
 
@@ -190,6 +199,9 @@ class DataCollatorForCompletionOnlyLM:
         self.ignore_index = ignore_index
         self.padding_free = padding_free
         self.pad_to_multiple_of = pad_to_multiple_of
+        if padding_free and pad_to_multiple_of:
+            pad = getattr(tokenizer, "pad_token_id", None)
+            flattening = {"pad_to_multiple_of": pad_to_multiple_of, "pad_token_id": pad or 0, **flattening}
         self._flatten = DataCollatorWithFlattening(separator_id=ignore_index, **flattening)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -200,7 +212,8 @@ class DataCollatorForCompletionOnlyLM:
 
         Returns what `DataCollatorWithFlattening` does, or padded `input_ids`, `attention_mask` and `labels` (B, T).
 
-        Raises PadfreeError naming the example if it has no response template (or none of the instruction template).
+        Raises PadfreeError naming the example if it has no response template (or none of the instruction template), or
+        nothing after it.
         """
         examples = []
         for i, feature in enumerate(features):
@@ -210,8 +223,8 @@ class DataCollatorForCompletionOnlyLM:
                 raise PadfreeError(f"example {i} is a row of {len(inside)} examples, which needs padding_free=True")
             each = np.split(tokens, np.cumsum(inside)[:-1])
             trained = np.concatenate([self._completions(part, i, len(features)) for part in each])
-            labels = np.where(trained, tokens, self.ignore_index)
-            mask = feature.get("attention_mask", np.ones_like(tokens))
+            mask = np.asarray(feature.get("attention_mask", np.ones_like(tokens)))
+            labels = np.where(trained & (mask != 0), tokens, self.ignore_index)
             examples.append({**feature, "input_ids": tokens, "labels": labels, "attention_mask": mask})
         return self._flatten(examples) if self.padding_free else self._padded(examples)
 
@@ -222,12 +235,20 @@ class DataCollatorForCompletionOnlyLM:
         begins = [at + len(response) for at in self._found(tokens, response, "response", index, count)]
         if self.instruction_token_ids is None:
             trained[begins[-1] :] = True
-            return trained
+            return self._checked(trained, index, count)
         instructions = self._found(tokens, self.instruction_token_ids, "instruction", index, count)
         for begin in begins:
             trained[begin : next((at for at in instructions if at >= begin), len(tokens))] = True
         for begin in begins:  # a template is no completion, not even of the one before
             trained[begin - len(response) : begin] = False
+        return self._checked(trained, index, count)
+
+    @staticmethod
+    def _checked(trained: np.ndarray[Any, Any], index: int, count: int) -> np.ndarray[Any, Any]:
+        if not trained.any():
+            raise PadfreeError(
+                f"example {index} of {count} has nothing after its response template; it may have been cut off"
+            )
         return trained
 
     @staticmethod
@@ -287,6 +308,12 @@ def _lengths_inside(feature: Mapping[str, Any], tokens: int, index: int) -> list
         if len(positions) != tokens:
             raise PadfreeError(f"example {index} has {tokens} tokens, but {len(positions)} position_ids")
         found["position_ids"] = list(PackedSequences.from_position_ids(torch.from_numpy(positions)).lengths)
+    for name in ("attention_mask", "seq_idx"):
+        if feature.get(name) is None:
+            continue
+        segments = token_values(feature, name, index)
+        if name == "seq_idx" or segments.max(initial=0) > 1:
+            found[name] = read_segments(torch.from_numpy(segments))
     if not found:
         return [tokens]
     lengths = next(iter(found.values()))
@@ -314,7 +341,7 @@ def _fields(
     for i, feature in enumerate(features):
         if feature.get(name) is None:
             raise PadfreeError(f"example {i} of {len(features)} has no {name}; it has {', '.join(feature)}")
-        found.append(np.asarray(feature[name]))
+        found.append(_as_array(feature[name]))
         wanted = found[0].shape if tokens is None else (len(tokens[i]),)
         if found[i].shape != wanted or found[i].dtype.kind not in "iufb":
             raise PadfreeError(
@@ -322,6 +349,14 @@ def _fields(
                 f"found {found[i].dtype} {found[i].shape}"
             )
     return found
+
+
+def _as_array(value: Any) -> np.ndarray[Any, Any]:
+    """As torch.tensor would make it of lists: floats are float32; numpy has no bfloat16."""
+    if isinstance(value, torch.Tensor):
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)
+    array = np.asarray(value)
+    return array.astype(np.float32) if array.dtype == np.float64 and not isinstance(value, np.ndarray) else array
 
 
 def _check_example(

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .binning import plan_packing
+from .binning import check_not_empty, plan_packing
 from .errors import PadfreeError
 
 if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
+
+PER_TOKEN = ("labels", "position_ids", "token_type_ids")
+"""Columns, beside masks, that have a value per token or are wrong."""
 
 TOO_LONG = ("error", "cut", "split", "drop")
 
@@ -24,9 +27,9 @@ def pack_dataset(
     """Packs examples into rows of at most `max_length` tokens, by best-fit decreasing (`plan_packing`).
 
     Every list column that is as long as `column` in each example (labels, masks) is joined row by row; other columns
-    are left out. `position_ids` restart at every example, and `seq_lengths` holds the tokens of each, TRL's name: the
-    collators read either. No example is divided and no token lost, unless `too_long` asks for it; then the log says
-    how many (logger padfree_patch.dataset).
+    are left out, and the log says which. `position_ids` restart at every example, and `seq_lengths` holds the tokens of
+    each, TRL's name: the collators read either. No example is divided and no token lost, unless `too_long` asks for it;
+    then the log says how many (logger padfree_patch.dataset).
 
     Args:
         dataset: tokenised, not padded.
@@ -36,7 +39,7 @@ def pack_dataset(
             into examples of `max_length`, and a rest; or "drop" it.
 
     Raises PadfreeError if this is no `datasets.Dataset`, has no such column or is packed already, or if an example is
-    empty or too long.
+    empty, padded or too long, or has labels or a mask of another length.
     """
     import datasets
     import pyarrow as pa
@@ -60,11 +63,9 @@ def pack_dataset(
             f"column {column!r} holds no lists of numbers, but {table.column(column).type}; tokenise first"
         )
     lengths = _lengths(tokens)
-    if not len(lengths):
-        raise PadfreeError("no examples to pack")
-    columns = {
-        name: each for name, each in columns.items() if each is not None and np.array_equal(_lengths(each), lengths)
-    }
+    check_not_empty(lengths)
+    columns = _per_token(columns, lengths)
+    _check_single(columns, lengths)
     starts, lengths = _fitted(lengths, max_length, too_long)
     plan = plan_packing(lengths, max_length)
     logger.info("%s", plan)
@@ -92,10 +93,51 @@ def _as_list_array(column: Any) -> Any:
     import pyarrow as pa
 
     kind = column.type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    if not is_list or not (pa.types.is_integer(kind.value_type) or pa.types.is_floating(kind.value_type)):
+    if pa.types.is_fixed_size_list(kind):
+        column, kind = column.cast(pa.large_list(kind.value_type)), pa.large_list(kind.value_type)
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return None
+    of_numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+    if not any(is_kind(kind.value_type) for is_kind in of_numbers):
         return None
     return pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
+
+
+def _per_token(columns: dict[str, Any], lengths: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """The columns with a value per token."""
+    found, others = {}, []
+    for name, each in columns.items():
+        if each is not None and np.array_equal(_lengths(each), lengths):
+            found[name] = each
+        elif each is not None and (name in PER_TOKEN or name.endswith("_mask")):
+            example = int(np.argmax(_lengths(each) != lengths))
+            raise PadfreeError(
+                f"example {example} has {lengths[example]} tokens, but {_lengths(each)[example]} {name}; "
+                "mend it, or leave the column out"
+            )
+        else:
+            others.append(name)
+    if others:
+        logger.info("left out columns that have no value per token: %s", ", ".join(others))
+    return found
+
+
+def _check_single(columns: dict[str, Any], lengths: np.ndarray[Any, Any]) -> None:
+    """Raises PadfreeError for an example that is padded, or holds several itself: what says so would be lost."""
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    if "attention_mask" in columns:
+        mask = np.asarray(columns["attention_mask"].flatten().cast("int64"))
+        for wrong, what in ((mask == 0, "is padded"), (mask > 1, "holds several examples (segments in its mask)")):
+            if wrong.any():
+                raise PadfreeError(f"example {owner[np.argmax(wrong)]} {what}; pack_dataset takes them one by one")
+    if "position_ids" in columns:
+        positions = np.asarray(columns["position_ids"].flatten())
+        restarts = (np.diff(positions) != 1) & (np.diff(owner) == 0)
+        if restarts.any():
+            raise PadfreeError(
+                f"example {owner[np.argmax(restarts)]} holds several examples (its position_ids restart); "
+                "pack_dataset takes them one by one"
+            )
 
 
 def _lengths(lists: Any) -> np.ndarray[Any, Any]:

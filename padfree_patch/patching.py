@@ -162,7 +162,7 @@ def _plan(model: nn.Module) -> _Plan:
     roles = [(module, "decoder" if module in decoders else "head") for module in models]
     roles += [(module, "attention") for module in attentions]
     roles += [(module, "rotary") for module in rotaries]
-    _check_no_virtual_tokens(model)
+    check_no_virtual_tokens(model)
     for module, role in roles:
         if opt_in_of(module) is None:
             _check_forward(patch, module, role)
@@ -218,7 +218,8 @@ def _check_config(patch: Patch, decoders: list[nn.Module]) -> None:
             )
 
 
-def _check_no_virtual_tokens(model: nn.Module) -> None:
+def check_no_virtual_tokens(model: nn.Module) -> None:
+    """Raises PadfreeError for PEFT's prompt tuning and its kind."""
     for module in model.modules():
         config = getattr(module, "active_peft_config", None)  # of a PeftModel
         if getattr(config, "is_prompt_learning", False):

@@ -10,6 +10,8 @@ import numpy as np
 from .collators import DataCollatorWithFlattening, as_tensors, stacked_fields, token_values
 from .errors import PadfreeError
 
+_BREAKING = {"max_tokens", "pad_to_multiple_of", "token_fields", "example_fields", "separator_id"}
+
 
 class DataCollatorForPreference:
     """Flattens pairs into one row (1, T): every chosen answer, then every rejected one, each after its prompt.
@@ -27,10 +29,11 @@ class DataCollatorForPreference:
     """
 
     def __init__(self, *, ignore_index: int = -100, pair_fields: Sequence[str] = (), **flattening: Any):
-        if breaking := {"max_tokens", "pad_to_multiple_of", "example_fields"} & set(flattening):
+        if breaking := _BREAKING & set(flattening):
             raise PadfreeError(
                 f"DataCollatorForPreference takes no {', '.join(sorted(breaking))}: the first half of a row's "
-                "sequences must be the chosen ones of the second; fields of a pair are pair_fields"
+                "sequences must be the chosen ones of the second. Fields of a pair are pair_fields, labels of prompts "
+                "ignore_index"
             )
         self.ignore_index = ignore_index
         self.pair_fields = pair_fields
@@ -44,6 +47,7 @@ class DataCollatorForPreference:
         Args:
             features: each with `chosen_ids` and `rejected_ids` and, if the two do not hold it themselves, the
                 `prompt_ids` that both continue, lists or 1-D tensors; before TRL 1.0 the names end in `_input_ids`.
+                With `chosen_labels` and `rejected_labels` (TRL before 0.12) the answers hold their prompt.
 
         Returns what `DataCollatorWithFlattening` does, and the `pair_fields`.
 
@@ -60,10 +64,14 @@ class DataCollatorForPreference:
                     raise PadfreeError(
                         f"pair {i} of {len(features)}: a prompt in some pairs only; found {_of(feature)}"
                     )
-                prompt = _tokens(feature, "prompt", i) if has_prompt else np.zeros(0, dtype=np.int64)
                 tokens = _tokens(feature, answer, i)
                 if not len(tokens):
                     raise PadfreeError(f"pair {i} of {len(features)} has an empty {answer} answer")
+                if feature.get(f"{answer}_labels") is not None:  # whole texts, as TRL before 0.12 makes them
+                    labels = token_values(feature, f"{answer}_labels", i)
+                    examples.append({"input_ids": tokens, "labels": labels})
+                    continue
+                prompt = _tokens(feature, "prompt", i) if has_prompt else np.zeros(0, dtype=np.int64)
                 labels = np.concatenate([np.full_like(prompt, self.ignore_index), tokens])
                 examples.append({"input_ids": np.concatenate([prompt, tokens]), "labels": labels})
         batch = self._flatten(examples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -19,8 +20,10 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
     `num_replicas` batches that follow one another cost about the same attention, sum of length squared, so that no
     process waits for another.
 
-    Pass it as `batch_sampler=` to a DataLoader. With accelerate or the Trainer leave `rank` out: they give each process
-    every `num_replicas`-th batch themselves.
+    Pass it as `batch_sampler=` to a DataLoader, with the process's `rank`. A loader that accelerate has prepared gives
+    each process every `num_replicas`-th batch itself: leave `rank` out there, and pass its `even_batches=False`.
+
+    With more examples than `window` the number of batches differs a little from epoch to epoch.
 
     Args:
         lengths: tokens per example, from 1 to `max_tokens`.
@@ -47,6 +50,8 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self.lengths = check_lengths(lengths, max_tokens)
         if num_replicas < 1 or (rank is not None and not 0 <= rank < num_replicas):
             raise PadfreeError(f"rank {rank} of num_replicas {num_replicas}: ranks go from 0 to num_replicas - 1")
+        if window < 1:
+            raise PadfreeError(f"window={window}: batches are put together among at least one example")
         if len(self.lengths) < num_replicas:
             raise PadfreeError(f"{len(self.lengths)} examples can't give {num_replicas} processes a batch each")
         self.max_tokens = max_tokens
@@ -54,7 +59,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self.rank = rank
         self.seed = seed
         self.window = window
-        self._epoch, self._begun, self._skip = 0, 0, 0
+        self._epoch, self._begun, self._skip, self._complete = 0, 0, 0, False
         self._planned: tuple[int, list[list[int]]] | None = None
 
     def __len__(self) -> int:
@@ -62,6 +67,8 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         return len(self._of_all()) // (1 if self.rank is None else self.num_replicas)
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self._complete:
+            self.set_epoch(self._epoch + 1)
         batches = self._of_all()
         if self.rank is not None:
             batches = batches[self.rank :: self.num_replicas]
@@ -69,25 +76,43 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         for batch in batches[self._begun :]:
             self._begun += 1  # before the yield: what was handed out counts
             yield batch
+        self._complete = True
 
     def set_epoch(self, epoch: int) -> None:
-        """The order of this epoch, from 0; loaders of accelerate and the Trainer call it."""
+        """The order of this epoch, from 0. A pass that follows a complete one is of the next epoch without it."""
         if epoch != self._epoch:
             self._epoch, self._begun, self._skip = epoch, 0, 0
+        self._complete = False
+
+    @property
+    def sampler(self) -> TokenBudgetBatchSampler:
+        """Itself: where accelerate's loaders of before 1.0 look for `set_epoch`."""
+        return self
 
     def state_dict(self) -> dict[str, int]:
         """Where this rank is: the epoch, and how many of its batches were handed out.
 
         A loader with workers takes a few batches ahead of the training (accelerate's loaders keep count themselves).
         """
-        return {"epoch": self._epoch, "batches": self._begun, "seed": self.seed}
+        return {"epoch": self._epoch, "batches": self._begun, **self._settings()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues there: the next pass leaves out the batches that were handed out."""
-        if state["seed"] != self.seed:
-            raise PadfreeError(f"the saved order has seed {state['seed']}, this sampler {self.seed}")
-        self._epoch, self._skip = state["epoch"], state["batches"]
+        """Continues there: the next pass leaves out the batches that were handed out.
+
+        Raises PadfreeError if the state is of a sampler with other lengths or arguments, and so of another order.
+        """
+        for name, value in self._settings().items():
+            if state.get(name) != value:
+                raise PadfreeError(f"the saved order has {name} {state.get(name)}, this sampler {value}")
+        self._epoch, self._skip, self._complete = state["epoch"], state["batches"], False
         self._begun = self._skip
+
+    def _settings(self) -> dict[str, int]:
+        """What the order depends on besides the epoch."""
+        return {
+            **{name: getattr(self, name) for name in ("seed", "max_tokens", "num_replicas", "window")},
+            "lengths": zlib.crc32(self.lengths.tobytes()),
+        }
 
     def _of_all(self) -> list[list[int]]:
         if self._planned is None or self._planned[0] != self._epoch:

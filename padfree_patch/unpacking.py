@@ -46,9 +46,13 @@ def sequence_log_probs(logits: Tensor, labels: Tensor, sequences: PackedSequence
         labels: int64 (B, T); -100 is left out, and so is every sequence's first token, which nothing predicts.
         sequences: of the batch. With chosen examples before rejected ones, the first half of the result is theirs.
 
-    Raises PadfreeError if logits or labels have another number of tokens.
+    Raises PadfreeError if logits or labels have another number of tokens, or other shapes.
     """
-    flat_logits, flat_labels = _tokens_first(logits, sequences), _tokens_first(labels, sequences)
+    if logits.dim() != 3 or labels.shape != logits.shape[:2]:
+        raise PadfreeError(
+            f"logits must be (B, T, vocabulary), labels (B, T), found {tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+    flat_logits, flat_labels = _tokens_first(logits.flatten(0, 1), sequences), labels.flatten()
     starts = sequences.cu_seqlens[:-1].long().to(flat_labels.device)
     following = flat_labels.index_fill(0, starts, -100).roll(-1)
     losses = torch.nn.functional.cross_entropy(flat_logits.float(), following, ignore_index=-100, reduction="none")
@@ -61,7 +65,10 @@ def sequence_log_probs(logits: Tensor, labels: Tensor, sequences: PackedSequence
 
 
 def _tokens_first(packed: Tensor, sequences: PackedSequences) -> Tensor:
-    for tokens in (packed.shape[0], packed.shape[:2].numel()):
-        if tokens == sequences.total:
-            return packed if packed.shape[0] == tokens else packed.flatten(0, 1)
+    """(B * T, ...), of that or of (B, T, ...); (B, 1, ...) of B tokens could be either and is taken for the second."""
+    one_token_rows = packed.dim() > 2 and packed.shape[1] == 1
+    if packed.shape[0] == sequences.total and not one_token_rows:
+        return packed
+    if packed.dim() > 1 and packed.shape[:2].numel() == sequences.total:
+        return packed.flatten(0, 1)
     raise PadfreeError(f"{sequences} don't fit something of shape {tuple(packed.shape)}")

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from padfree_patch import DataCollatorWithFlattening, PaddingFreeCallback, PadfreeError, apply
+from padfree_patch import (
+    DataCollatorWithFlattening,
+    PaddingFreeCallback,
+    PadfreeError,
+    TokenBudgetBatchSampler,
+    apply,
+)
 from padfree_patch.testing import SyncCounter
 
 LENGTHS = [5, 9, 2, 12, 7, 7, 3, 4]
@@ -96,3 +105,61 @@ def test_watching_costs_no_sync(llama, padded):
     assert syncs.total == before.total and (padded or syncs.total == 0)
     callback.on_train_end(None, None, None)
     assert not patched._forward_pre_hooks
+
+
+def test_padding_to_a_multiple_is_no_second_sequence(patched, tmp_path):
+    collator = DataCollatorWithFlattening(pad_to_multiple_of=16)
+    options = {"batch_size": 1, "collator": collator, "max_steps": 6}
+    trainer = trainer_of(patched, tmp_path, callbacks=[PaddingFreeCallback(patience=3)], **options)
+    with pytest.raises(PadfreeError, match="3 training steps, and no row held a second sequence"):
+        trainer.train()
+    trainer = trainer_of(
+        patched, tmp_path, callbacks=[PaddingFreeCallback()], collator=collator, num_train_epochs=1, batch_size=8
+    )
+    trainer.train()
+    (log,) = (each for each in trainer.state.log_history if "loss" in each)
+    assert log["sequences_per_row"] == 8 and log["longest_row"] == 64
+    assert log["padding_saved"] == pytest.approx(1 - sum(LENGTHS) / (8 * 15), abs=1e-4)  # 64 - 49 is the longest
+
+
+def test_evaluations_are_no_training_time(patched, tmp_path):
+    class Slow(TrainerCallback):
+        def on_prediction_step(self, *args, **kwargs):
+            time.sleep(1)
+
+    trainer = trainer_of(patched, tmp_path, num_train_epochs=2, callbacks=[PaddingFreeCallback(), Slow()])
+    trainer.eval_dataset = trainer.train_dataset[:2]
+
+    class Evaluate(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_evaluate = True
+
+    trainer.add_callback(Evaluate())
+    trainer.train()
+    logs = trainer.state.log_history
+    assert not any("tokens_per_second" in each for each in logs if "eval_loss" in each)
+    speeds = [each["tokens_per_second"] for each in logs if "loss" in each]
+    assert len(speeds) == 4 and min(speeds) > 49  # a row has 24 tokens, and its evaluation takes a second
+
+
+def test_packed_rows_for_an_unpatched_model_are_an_error(llama, tmp_path):
+    trainer = trainer_of(llama, tmp_path, callbacks=[PaddingFreeCallback()])
+    with pytest.raises(PadfreeError, match=r"given packed rows, but it is not patched; call padfree_patch.apply"):
+        trainer.train()
+
+
+def test_virtual_tokens_after_apply_are_an_error(patched, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    trainer = trainer_of(peft.get_peft_model(patched, config), tmp_path, callbacks=[PaddingFreeCallback()])
+    with pytest.raises(PadfreeError, match="virtual tokens"):
+        trainer.train()
+
+
+def test_a_sampler_of_ours_is_told_the_epoch(patched, tmp_path):
+    sampler = TokenBudgetBatchSampler(LENGTHS, max_tokens=20)
+    trainer = trainer_of(patched, tmp_path, num_train_epochs=3, callbacks=[PaddingFreeCallback()])
+    loader = DataLoader(trainer.train_dataset, batch_sampler=sampler, collate_fn=trainer.data_collator)
+    trainer.get_train_dataloader = lambda: loader
+    trainer.train()
+    assert sampler.state_dict()["epoch"] == 2

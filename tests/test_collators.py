@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 import warnings
 
 import numpy as np
@@ -251,7 +252,7 @@ def test_other_fields_are_carried_per_token_and_per_example():
     assert batch["score"].tolist() == [3.0, 4.0]
     assert batch["pair"].tolist() == [[1, 2], [3, 4]]
     assert set(DataCollatorWithFlattening()(features)) == {"input_ids", "labels", "position_ids"}  # as upstream
-    with pytest.raises(PadfreeError, match=r"example 1 of 2: weight must be numbers \(1,\), found float64 \(2,\)"):
+    with pytest.raises(PadfreeError, match=r"example 1 of 2: weight must be numbers \(1,\), found float32 \(2,\)"):
         collator([features[0], {**features[1], "weight": [1.0, 2.0]}])
     with pytest.raises(PadfreeError, match="example 1 of 2 has no score"):
         collator([features[0], {"input_ids": [3], "weight": [2.0], "pair": [3, 4]}])
@@ -284,3 +285,45 @@ def test_completions_of_every_example_in_a_packed_row(boundaries):
         DataCollatorForCompletionOnlyLM([90])([row])
     with pytest.raises(PadfreeError, match="example 0 of 1 has no response template"):
         collator([{**row, "input_ids": [5, 90, 6, 7, 8, 8, 9]}])
+
+
+@pytest.mark.parametrize("field", [{"attention_mask": [1, 1, 2, 2]}, {"seq_idx": [0, 0, 1, 1]}], ids=str)
+def test_segment_numbers_of_a_row_are_boundaries(field):
+    batch = DataCollatorWithFlattening()([{"input_ids": [1, 2, 3, 4], **field}])
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1]]
+    with pytest.raises(PadfreeError, match="has 4 tokens, but seq_lengths say"):
+        DataCollatorWithFlattening()([{"input_ids": [1, 2, 3, 4], "seq_lengths": [3, 1], **field}])
+
+
+def test_max_tokens_bounds_the_padded_row():
+    collator = DataCollatorWithFlattening(max_tokens=10, pad_to_multiple_of=8)
+    with pytest.warns(UserWarning, match="left out 1 of 2 examples"):
+        batch = collator([{"input_ids": [1] * 5}, {"input_ids": [2] * 4}])
+    assert batch["input_ids"].shape == (1, 8)
+
+
+def test_fields_are_float32_as_torch_makes_them():
+    collator = DataCollatorWithFlattening(example_fields=["score"])
+    assert collator([{"input_ids": [1], "score": 0.5}])["score"].dtype == torch.float32
+    bfloat16 = torch.tensor(0.5, dtype=torch.bfloat16)
+    assert collator([{"input_ids": [1], "score": bfloat16}])["score"].tolist() == [0.5]
+
+
+def test_completions_in_a_row_of_a_multiple():
+    batch = DataCollatorForCompletionOnlyLM([7], padding_free=True, pad_to_multiple_of=8)([{"input_ids": [1, 7, 3]}])
+    assert batch["input_ids"].shape == (1, 8)
+    assert batch["labels"].tolist() == [[-100, -100, 3, -100, -100, -100, -100, -100]]
+
+
+def test_padding_that_is_there_already_is_not_trained():
+    """Also where it is the end token."""
+    end = 2
+    tokenizer = types.SimpleNamespace(pad_token_id=end)
+    feature = {"input_ids": [1, 7, 3, end, end, end], "attention_mask": [1, 1, 1, 1, 0, 0]}
+    batch = DataCollatorForCompletionOnlyLM([7], tokenizer=tokenizer)([feature])
+    assert batch["labels"].tolist() == [[-100, -100, 3, end, -100, -100]]
+
+
+def test_a_completion_that_was_cut_off_is_an_error():
+    with pytest.raises(PadfreeError, match="example 1 of 2 has nothing after its response template"):
+        DataCollatorForCompletionOnlyLM([7], padding_free=True)([{"input_ids": [1, 7, 3]}, {"input_ids": [1, 7]}])

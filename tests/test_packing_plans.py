@@ -98,18 +98,77 @@ def test_resumes_in_the_middle_of_an_epoch():
     sampler = TokenBudgetBatchSampler(uneven_lengths(300), max_tokens=600)
     sampler.set_epoch(3)
     whole = list(sampler)
+    sampler.set_epoch(3)
     batches = iter(sampler)
     begun = [next(batches) for _ in range(5)]
     state = json.loads(json.dumps(sampler.state_dict()))
     other = TokenBudgetBatchSampler(uneven_lengths(300), max_tokens=600)
     other.load_state_dict(state)
     assert begun + list(other) == whole
-    assert list(other) == whole  # the next pass is a whole one
+    sampler.set_epoch(4)
+    assert list(other) == list(sampler) != whole  # the next pass is a whole one, of the next epoch
     other.load_state_dict(state)
     other.set_epoch(4)
     assert len(list(other)) == len(other)  # another epoch begins at its beginning
     with pytest.raises(PadfreeError, match="seed 0, this sampler 5"):
         TokenBudgetBatchSampler([1], max_tokens=2, seed=5).load_state_dict(state)
+    with pytest.raises(PadfreeError, match="max_tokens 600, this sampler 700"):
+        TokenBudgetBatchSampler(uneven_lengths(300), max_tokens=700).load_state_dict(state)
+    with pytest.raises(PadfreeError, match="the saved order has lengths"):
+        TokenBudgetBatchSampler(uneven_lengths(301), max_tokens=600).load_state_dict(state)
+
+
+def test_a_pass_after_a_complete_one_is_of_the_next_epoch():
+    """For loaders that never call set_epoch; a pass that was broken off begins again."""
+    sampler, told = (TokenBudgetBatchSampler(uneven_lengths(300), max_tokens=600) for _ in range(2))
+    first = list(sampler)
+    next(iter(sampler))
+    assert sampler.state_dict()["epoch"] == 1
+    told.set_epoch(1)
+    assert list(sampler) == list(told) != first
+
+
+def test_window_must_hold_an_example():
+    with pytest.raises(PadfreeError, match="window=0"):
+        TokenBudgetBatchSampler([1], max_tokens=2, window=0)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("labels", [[-100, 2, 3], [5]], "example 1 has 2 tokens, but 1 labels"),
+        ("labels", [[-100, 2, 3], None], "example 1 has 2 tokens, but 0 labels"),
+        ("completion_mask", [[0, 1], [0, 1]], "example 0 has 3 tokens, but 2 completion_mask"),
+        ("attention_mask", [[1, 1, 1], [1, 0]], "example 1 is padded"),
+        ("attention_mask", [[1, 1, 2], [1, 1]], "example 0 holds several examples"),
+        ("position_ids", [[0, 1, 2], [0, 0]], "example 1 holds several examples"),
+        ("input_ids", [[1, 2, 3], []], "example 1 has 0 tokens"),
+    ],
+)
+def test_what_packing_would_lose_is_an_error(column, values, message):
+    dataset = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]], column: values})
+    for too_long in ("error", "split", "drop"):
+        with pytest.raises(PadfreeError, match=message):
+            pack_dataset(dataset, 8, too_long=too_long)
+
+
+def test_masks_and_lists_of_one_size_are_joined(caplog):
+    features = datasets.Features(
+        {
+            "input_ids": datasets.Sequence(datasets.Value("int64")),
+            "completion_mask": datasets.Sequence(datasets.Value("bool")),
+            "labels": datasets.Sequence(datasets.Value("int64"), length=2),
+            "vector": datasets.Sequence(datasets.Value("float32"), length=4),
+        }
+    )
+    rows = [
+        {"input_ids": [i, i], "completion_mask": [False, True], "labels": [-100, i], "vector": [0] * 4} for i in (1, 2)
+    ]
+    with caplog.at_level(logging.INFO, "padfree_patch.dataset"):
+        packed = pack_dataset(datasets.Dataset.from_list(rows, features=features), 4)
+    assert packed[0]["completion_mask"] == [False, True] * 2
+    assert packed[0]["labels"] == [-100, 1, -100, 2]
+    assert "vector" not in packed.column_names and "vector" in caplog.text
 
 
 @pytest.mark.parametrize(

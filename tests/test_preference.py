@@ -27,6 +27,21 @@ def test_row_is_every_chosen_then_every_rejected_answer(ending):
     assert batch["labels"].tolist() == [trained]
 
 
+def test_answers_that_hold_their_prompt_have_labels():
+    """TRL 0.9.6's columns."""
+    pairs = [
+        {
+            "prompt_input_ids": list(prompt),
+            **{f"{name}_input_ids": [*prompt, *each] for name, each in zip(("chosen", "rejected"), answers)},
+            **{f"{name}_labels": [*[-100] * len(prompt), *each] for name, each in zip(("chosen", "rejected"), answers)},
+        }
+        for prompt, *answers in PAIRS
+    ]
+    old, new = (DataCollatorForPreference()(each) for each in (pairs, features()))
+    for name in ("input_ids", "labels", "position_ids"):
+        assert torch.equal(old[name], new[name])
+
+
 def test_fields_of_a_pair_are_stacked():
     pairs = [{**each, "ref_chosen_logps": -1.5 * i} for i, each in enumerate(features())]
     assert DataCollatorForPreference(pair_fields=["ref_chosen_logps"])(pairs)["ref_chosen_logps"].tolist() == [
@@ -105,7 +120,7 @@ def test_pairs_that_cannot_be_collated_are_errors(pair, message):
 
 
 def test_options_that_break_the_halves_are_errors():
-    for option in ({"max_tokens": 8}, {"pad_to_multiple_of": 8}, {"example_fields": ["score"]}):
+    for option in ({"max_tokens": 8}, {"pad_to_multiple_of": 8}, {"example_fields": ["score"]}, {"separator_id": 1}):
         with pytest.raises(PadfreeError, match="the first half of a row's sequences must be the chosen ones"):
             DataCollatorForPreference(**option)
     with pytest.raises(PadfreeError, match="no pairs to collate"):

@@ -55,3 +55,12 @@ def test_log_probs_are_those_of_each_example_alone(outputs):
 def test_other_numbers_of_tokens_are_errors():
     with pytest.raises(PadfreeError, match=r"2 sequences, 5 tokens.* don't fit something of shape \(1, 4\)"):
         unpack(torch.zeros(1, 4), PackedSequences.from_lengths([2, 3]))
+
+
+def test_rows_of_a_single_token_are_rows():
+    logits, labels = torch.randn(3, 1, 7), torch.zeros(3, 1, dtype=torch.int64)
+    sequences = PackedSequences.from_lengths([1, 1, 1])
+    assert last_tokens(logits, sequences).shape == (3, 7)
+    assert sequence_log_probs(logits, labels, sequences).tolist() == [0, 0, 0]
+    with pytest.raises(PadfreeError, match=r"found \(3, 7\) and \(3, 1\)"):
+        sequence_log_probs(logits[:, 0], labels, sequences)
