@@ -79,7 +79,7 @@ class PaddingFreeCallback(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
         sampler = getattr(train_dataloader, "batch_sampler", None)
         if isinstance(sampler, TokenBudgetBatchSampler):  # loaders that accelerate has not prepared don't tell it
-            sampler.set_epoch(round(state.epoch or 0))
+            sampler.set_epoch(int((state.epoch or 0) + 1e-6))  # epochs done, and a part after resuming
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._steps += 1

@@ -25,9 +25,9 @@ class Kill(TrainerCallback):
 
 
 def saving_trainer(folder, **options):
-    """Of a patched model, that saves every second of six steps."""
+    """Of a patched model, that saves every second of six steps, with an optimizer that has a state."""
     model = apply(tiny_model(registry().get("llama"), "sdpa"))
-    trainer = trainer_of(model, folder, flattening(), max_steps=6, **options)
+    trainer = trainer_of(model, folder, flattening(), **{"max_steps": 6, "optim": "adamw_torch", **options})
     trainer.args.save_strategy, trainer.args.save_steps = "steps", 2
     trainer.state.save_steps = 2
     return trainer

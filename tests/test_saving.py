@@ -13,8 +13,10 @@ import killed_run
 import pytest
 import torch
 from killed_run import saving_trainer
+from torch.utils.data import DataLoader
 
 import padfree_patch
+from padfree_patch import PaddingFreeCallback, TokenBudgetBatchSampler
 from padfree_patch.testing import examples
 
 LOAD = """
@@ -93,3 +95,22 @@ def test_killed_run_loses_only_what_was_not_saved(tmp_path, whole):
     resumed.train(resume_from_checkpoint=True)  # the last one
     losses = losses_of(resumed)
     assert len(losses) == 6 and losses == pytest.approx(whole[0], abs=1e-4)
+
+
+def test_resumed_training_finds_the_batches_of_its_epoch(tmp_path):
+    """With a sampler whose order changes from epoch to epoch, from the middle of the second."""
+
+    def trainer_by_tokens():
+        trainer = saving_trainer(tmp_path, max_steps=10, num_train_epochs=3)
+        sampler = TokenBudgetBatchSampler([len(each["input_ids"]) for each in trainer.train_dataset], max_tokens=40)
+        loader = DataLoader(trainer.train_dataset, batch_sampler=sampler, collate_fn=trainer.data_collator)
+        trainer.get_train_dataloader = lambda: loader
+        trainer.add_callback(PaddingFreeCallback())
+        return trainer, len(sampler)
+
+    trainer, batches = trainer_by_tokens()
+    assert batches < 6 < 2 * batches
+    trainer.train()
+    resumed, _ = trainer_by_tokens()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert losses_of(resumed) == pytest.approx(losses_of(trainer), abs=1e-4)

@@ -44,13 +44,12 @@ def padding(features):
 def trainer_of(model, folder, collator, *, dataset=None, **options):
     arguments = TrainingArguments(
         str(folder),
-        **{"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 1e-2, **options},
+        **{"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 1e-2, "optim": "sgd", **options},
         per_device_eval_batch_size=8,
         logging_steps=1,
         report_to=[],
         use_cpu=True,
-        max_grad_norm=0.0,  # or a wrong scale of the gradients would be hidden
-        optim="sgd",  # nor does Adam show it
+        max_grad_norm=0.0,  # or a wrong scale of the gradients would be hidden; nor would Adam show it
         save_strategy="no",
     )
     dataset = data() if dataset is None else dataset
