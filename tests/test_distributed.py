@@ -75,6 +75,13 @@ def test_ranks_with_other_numbers_of_sequences_do_not_wait_for_each_other(found)
     assert len(found[0]["rows"].losses) == 3
 
 
+def test_token_budget_gives_each_rank_its_batches(found):
+    torch.testing.assert_close(found[0]["budget"], found[1]["budget"], rtol=0, atol=0)
+    for rank in found:
+        taken, planned = rank["budget's steps"]
+        assert taken == planned > 4
+
+
 def test_batches_dealt_out_by_one_process_are_refused(both):
     """Rows of different lengths can't be put together to be dealt out: the error ends the run on both ranks."""
     assert both[1].returncode != 0

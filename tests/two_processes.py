@@ -13,11 +13,12 @@ from typing import Any
 import datasets
 import torch
 import torch.distributed as dist
-from test_trainer import Stream, data, flattening, padding, trained
+from test_trainer import Stream, data, flattening, padding, trained, trainer_of
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from padfree_patch import DataCollatorWithFlattening, apply, pack_dataset
+from padfree_patch import DataCollatorWithFlattening, TokenBudgetBatchSampler, apply, pack_dataset
 from padfree_patch.registry import registry
 from padfree_patch.testing import examples, tiny_model
 
@@ -82,6 +83,18 @@ def loss_and_gradients(wrap):
     return {"loss": total, "gradients": {name: each.clone() for name, each in gradients().items()}}
 
 
+def trained_by_tokens(folder):
+    """Two epochs of batches by a token budget: the weights, and the steps that the Trainer took and should take."""
+    trainer = trainer_of(apply(llama()), folder, flattening(), max_steps=-1, num_train_epochs=2)
+    lengths = [len(each["input_ids"]) for each in trainer.train_dataset]
+    ranks = {"num_replicas": dist.get_world_size(), "rank": dist.get_rank()}
+    sampler = TokenBudgetBatchSampler(lengths, max_tokens=25, **ranks)
+    loader = DataLoader(trainer.train_dataset, batch_sampler=sampler, collate_fn=trainer.data_collator)
+    trainer.get_train_dataloader = lambda: loader
+    trainer.train()
+    return list(trainer.model.parameters()), (trainer.state.global_step, 2 * len(sampler))
+
+
 def dispatching(flag):
     """Whether one process reads and deals out, under the version's name for it."""
     new = "accelerator_config" in {field.name for field in fields(TrainingArguments)}
@@ -123,6 +136,7 @@ def main(folder: Path) -> None:
     found["stream"] = trained(
         llama(), folder / "stream", flattening(return_flash_attn_kwargs=True), patched=True, **apart
     )
+    found["budget"], found["budget's steps"] = trained_by_tokens(folder / "budget")
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     together = {**few, **dispatching(True), "dataset": Stream()}  # an error, which ends both processes
