@@ -7,8 +7,16 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
 
-from padfree_patch import DataCollatorForPreference, PadfreeError, applied, last_tokens, sequence_log_probs
+from padfree_patch import (
+    DataCollatorForPreference,
+    PadfreeError,
+    applied,
+    apply,
+    last_tokens,
+    sequence_log_probs,
+)
 
 PAIRS = [((4, 9), (5, 7, 1), (6, 1)), ((8,), (3, 1), (2, 9, 9, 9, 1)), ((7, 7, 7), (9, 1), (4, 5, 1))]
 
@@ -125,3 +133,36 @@ def test_options_that_break_the_halves_are_errors():
             DataCollatorForPreference(**option)
     with pytest.raises(PadfreeError, match="no pairs to collate"):
         DataCollatorForPreference()([])
+
+
+class DPOTrainer(Trainer):
+    """docs/training.md's, with a reference that gives every answer the same."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels, sequences = inputs.pop("labels"), inputs["packed_sequences"]
+        loss = dpo(sequence_log_probs(model(**inputs).logits, labels, sequences), 0)
+        return loss if num_items_in_batch is None else loss / self.args.gradient_accumulation_steps
+
+
+def test_accumulated_dpo_steps_are_those_of_one_batch(llama, tmp_path):
+    def moved(batch_size, accumulate):
+        model = apply(copy.deepcopy(llama))
+        arguments = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulate,
+            max_steps=1,
+            learning_rate=1.0,
+            optim="sgd",
+            max_grad_norm=0.0,
+            remove_unused_columns=False,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+        )
+        pairs = (features() * 2)[:4]
+        DPOTrainer(model=model, args=arguments, train_dataset=pairs, data_collator=DataCollatorForPreference()).train()
+        return torch.cat([(a - b).detach().flatten() for a, b in zip(model.parameters(), llama.parameters())])
+
+    whole, accumulated = moved(4, 1), moved(2, 2)
+    assert whole.norm() > 0 and (accumulated - whole).norm() <= 1e-4 * whole.norm()  # sums in another order

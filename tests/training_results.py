@@ -41,6 +41,8 @@ def measurements() -> list[dict[str, object]]:
     found = []
     for path in sorted((ROOT / ".nox").glob("*/junit*.xml")):
         session = path.parent.name.split("-")[0]
+        if session not in COMMANDS:
+            continue
         for each in ElementTree.parse(path).iter("property"):
             if each.get("name") == "measured":
                 found.append({"session": session, **json.loads(each.get("value"))})
