@@ -29,6 +29,12 @@ def patch():
     return registry().get("llama")
 
 
+@pytest.fixture
+def implementation():
+    """Nor on this."""
+    return "sdpa"
+
+
 def adapted(model):
     """With LoRA on every projection, and no B of zeros, behind which A would get no gradient."""
     torch.manual_seed(1)
