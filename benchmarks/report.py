@@ -39,6 +39,8 @@ def page() -> str:
             ("model", *PARTS),
             ((name, *(f"{of.get(part, 0):.0%}" for part in PARTS)) for name, of in step["profiles"].items()),
         ),
+        bound_small=f"{bound(step, '4 layers'):.3f}",
+        bound_real=f"{bound(step, 'SmolLM2-135M'):.3f}",
         memory=memory_table(memory["found"]),
         attention=attention_table(attention["speeds"]),
         errors=table(
@@ -97,6 +99,16 @@ def step_table(ratios: list[dict[str, Any]]) -> str:
             )
         )
     return table(columns, rows)
+
+
+def bound(step: dict[str, Any], model: str) -> float:
+    """Of the ceiling, at batch 8 on flan_style, if attention took as long per score as the ceiling's."""
+    (ratios,) = (
+        each
+        for each in step["ratios"]
+        if (each["model"], each["data"], each["batch_size"]) == (model, "flan_style_20k", 8)
+    )
+    return 1 - step["profiles"][model]["attention"] * (1 - 1 / ratios["attention_work_over_ceiling"]["median"])
 
 
 def memory_table(found: list[dict[str, Any]]) -> str:
