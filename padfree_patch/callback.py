@@ -73,6 +73,7 @@ class PaddingFreeCallback(TrainerCallback):
         self._unhook()  # of a run that an error ended
         check_no_virtual_tokens(model)  # which may have come after apply
         self._counts, self._packed, self._steps = _Counts(), 0, 0
+        self._last_step = self._counts.began  # of none yet: an evaluation may come first
         self._is_patched = any(hasattr(module, OPT_IN) for module in model.modules())
         self._hook = model.register_forward_pre_hook(self._watch, with_kwargs=True)
 

@@ -311,9 +311,8 @@ def _lengths_inside(feature: Mapping[str, Any], tokens: int, index: int) -> list
     for name in ("attention_mask", "seq_idx"):
         if feature.get(name) is None:
             continue
-        segments = token_values(feature, name, index)
-        if name == "seq_idx" or segments.max(initial=0) > 1:
-            found[name] = read_segments(torch.from_numpy(segments))
+        if name == "seq_idx" or np.asarray(feature[name]).max(initial=0) > 1:
+            found[name] = read_segments(torch.from_numpy(token_values(feature, name, index)))
     if not found:
         return [tokens]
     lengths = next(iter(found.values()))

@@ -295,6 +295,11 @@ def test_segment_numbers_of_a_row_are_boundaries(field):
         DataCollatorWithFlattening()([{"input_ids": [1, 2, 3, 4], "seq_lengths": [3, 1], **field}])
 
 
+def test_masks_of_truth_values_are_masks():
+    features = [{"input_ids": [1, 2], "attention_mask": [True, True]}, {"input_ids": [3], "attention_mask": [True]}]
+    assert DataCollatorWithFlattening()(features)["position_ids"].tolist() == [[0, 1, 0]]
+
+
 def test_max_tokens_bounds_the_padded_row():
     collator = DataCollatorWithFlattening(max_tokens=10, pad_to_multiple_of=8)
     with pytest.warns(UserWarning, match="left out 1 of 2 examples"):
