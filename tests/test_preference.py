@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from comparison import gradients_apart
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
@@ -17,6 +18,7 @@ from padfree_patch import (
     last_tokens,
     sequence_log_probs,
 )
+from padfree_patch.testing import conformance
 
 PAIRS = [((4, 9), (5, 7, 1), (6, 1)), ((8,), (3, 1), (2, 9, 9, 9, 1)), ((7, 7, 7), (9, 1), (4, 5, 1))]
 
@@ -76,7 +78,7 @@ def log_probs_alone(model):
     return torch.stack(found)
 
 
-def test_dpo_is_that_of_each_answer_alone(make):
+def test_dpo_is_that_of_each_answer_alone(make, measured):
     model, reference = make(), torch.tensor([-9.0, -8, -7, -6, -5, -4])
     batch = DataCollatorForPreference()(features())
     sequences, labels = batch["packed_sequences"], batch.pop("labels")
@@ -87,8 +89,10 @@ def test_dpo_is_that_of_each_answer_alone(make):
         loss = dpo(sequence_log_probs(model(**batch).logits, labels, sequences), reference)
         loss.backward()
     torch.testing.assert_close(loss, expected)
-    for (name, found), wanted in zip(model.named_parameters(), alone.parameters()):
-        assert (found.grad - wanted.grad).norm() <= 2e-4 * wanted.grad.norm(), name  # sums in another order
+    gradients = [{name: p.grad for name, p in each.named_parameters()} for each in (model, alone)]
+    apart = gradients_apart(*gradients)
+    assert apart <= conformance.GRADIENT_TOLERANCE
+    measured("DPO on packed pairs", steps=1, loss=abs(loss - expected).item(), gradients=apart)
     mixed = dpo(sequence_log_probs(copy.deepcopy(model)(batch["input_ids"]).logits, labels, sequences), reference)
     assert abs(mixed - expected) > 1e-3  # the control: one text, unpatched
 

@@ -74,15 +74,22 @@ def files_in(folder):
     return {path.name for path in folder.iterdir()}
 
 
-def test_resumed_training_goes_on_with_the_same_losses(tmp_path, whole):
+def assert_same_losses(trainer, expected, measured, claim):
+    """Loss by loss, as logged with four digits; all of them, also those from before it stopped."""
+    apart = max(abs(a - b) for a, b in zip(losses_of(trainer), expected, strict=True))
+    assert apart <= 1e-4
+    measured(claim, library="accelerate", steps=len(expected), loss=apart)
+
+
+def test_resumed_training_goes_on_with_the_same_losses(tmp_path, measured, whole):
     trainer = saving_trainer(tmp_path)
     trainer.train()
     resumed = saving_trainer(tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert losses_of(resumed) == pytest.approx(whole[0], abs=1e-4)  # logged with four digits
+    assert_same_losses(resumed, whole[0], measured, "Trainer, resumed from a checkpoint")
 
 
-def test_killed_run_loses_only_what_was_not_saved(tmp_path, whole):
+def test_killed_run_loses_only_what_was_not_saved(tmp_path, measured, whole):
     worker = Path(killed_run.__file__)
     path = os.pathsep.join([*sys.path, str(worker.parent)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
@@ -93,11 +100,10 @@ def test_killed_run_loses_only_what_was_not_saved(tmp_path, whole):
     assert state["global_step"] == 4
     resumed = saving_trainer(tmp_path)
     resumed.train(resume_from_checkpoint=True)  # the last one
-    losses = losses_of(resumed)
-    assert len(losses) == 6 and losses == pytest.approx(whole[0], abs=1e-4)
+    assert_same_losses(resumed, whole[0], measured, "Trainer, killed and resumed")
 
 
-def test_resumed_training_finds_the_batches_of_its_epoch(tmp_path):
+def test_resumed_training_finds_the_batches_of_its_epoch(tmp_path, measured):
     """With a sampler whose order changes from epoch to epoch, from the middle of the second."""
 
     def trainer_by_tokens():
@@ -113,4 +119,5 @@ def test_resumed_training_finds_the_batches_of_its_epoch(tmp_path):
     trainer.train()
     resumed, _ = trainer_by_tokens()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert losses_of(resumed) == pytest.approx(losses_of(trainer), abs=1e-4)
+    claim = "Trainer, token budget, resumed in the second epoch"
+    assert_same_losses(resumed, losses_of(trainer), measured, claim)
