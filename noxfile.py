@@ -77,7 +77,7 @@ def tests(session: nox.Session, transformers: str) -> None:
     one_thread_offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     two_processes = [] if transformers in TWO_PROCESSES else ["--ignore=tests/test_distributed.py"]
     arguments = [f"--junitxml={report}", *two_processes, *session.posargs]
-    session.run("pytest", "-n2", *arguments, env=one_thread_offline)
+    session.run("pytest", "-n2", "--dist=loadgroup", *arguments, env=one_thread_offline)
     if not session.posargs:  # a process of its own, in which transformers finds flash-attn, or what stands in for it
         stand_in = {**one_thread_offline, "PYTHONPATH": "tests/stand_ins", "PADFREE_FLASH_ATTENTION": "1"}
         report = report.with_name("junit-flash_attention_2.xml")

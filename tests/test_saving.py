@@ -38,9 +38,10 @@ def _trusting_torch_load(monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
 
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected:UserWarning"
-)
+pytestmark = [
+    pytest.mark.xdist_group("saving"),  # one process makes `whole`, and only once
+    pytest.mark.filterwarnings("ignore:Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected:UserWarning"),
+]
 
 
 def test_saved_model_loads_without_us(llama, tmp_path):
