@@ -7,14 +7,14 @@ Importing this package patches nothing and imports no model code.
 
 from typing import TYPE_CHECKING, Any
 
+from .batch.sequences import PackedSequences
 from .binning import PackingPlan, plan_packing
 from .collators import DataCollatorForCompletionOnlyLM, DataCollatorWithFlattening
 from .dataset import pack_dataset
 from .errors import LeakError, PadfreeError
 from .estimation import Estimate, estimate
-from .explanation import Explanation, explain
-from .packing import PackedSequences
 from .patching import applied, apply, restore
+from .patching.explanation import Explanation, explain
 from .preference import DataCollatorForPreference
 from .registry import Patch
 from .samplers import TokenBudgetBatchSampler

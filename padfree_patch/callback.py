@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .boundaries import LENGTH_ARGUMENTS, read_batch
+from .batch.labels import IGNORED_LABEL
+from .batch.lengths import LENGTH_ARGUMENTS
+from .batch.packed_batch import read_batch
 from .errors import PadfreeError
-from .forward import IGNORED_LABEL, OPT_IN
 from .memory import peak_bytes
-from .patching import check_no_virtual_tokens
+from .patching import check_no_virtual_tokens, is_applied
 from .samplers import TokenBudgetBatchSampler
 
 
@@ -74,7 +75,7 @@ class PaddingFreeCallback(TrainerCallback):
         check_no_virtual_tokens(model)  # which may have come after apply
         self._counts, self._packed, self._steps = _Counts(), 0, 0
         self._last_step = self._counts.began  # of none yet: an evaluation may come first
-        self._is_patched = any(hasattr(module, OPT_IN) for module in model.modules())
+        self._is_patched = is_applied(model)
         self._hook = model.register_forward_pre_hook(self._watch, with_kwargs=True)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .batch.boundaries import lengths_of_segments
+from .batch.labels import IGNORED_LABEL
+from .batch.sequences import PackedSequences
 from .errors import PadfreeError
-from .forward import IGNORED_LABEL
-from .packing import PackedSequences, read_segments
 
 
 class DataCollatorWithFlattening:
@@ -312,7 +313,7 @@ def _lengths_inside(feature: Mapping[str, Any], tokens: int, index: int) -> list
         if feature.get(name) is None:
             continue
         if name == "seq_idx" or np.asarray(feature[name]).max(initial=0) > 1:
-            found[name] = read_segments(torch.from_numpy(token_values(feature, name, index)))
+            found[name] = lengths_of_segments(torch.from_numpy(token_values(feature, name, index)))
     if not found:
         return [tokens]
     lengths = next(iter(found.values()))

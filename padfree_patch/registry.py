@@ -11,22 +11,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .boundaries import PackedBatch
+from .batch.packed_batch import PackedBatch
 from .errors import PadfreeError
+from .models import pretrained_modules
+from .wrapping.call import Call
 
 ENTRY_POINT_GROUP = "padfree_patch.patches"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class AttentionCall:
     """A call of an attention module on a packed batch, about to be made."""
 
-    module: nn.Module
+    call: Call
+    """The module, its arguments by name, and its forward; `call.changed(...)` gives a copy with others."""
     batch: PackedBatch
-    forward: Callable[..., Any]
-    """The module's own."""
-    arguments: dict[str, Any]
-    """Its keyword arguments; those that are passed by position are not among them."""
+    key_bias: Tensor | None = None
+    """What is added to the scores of each key before they are scaled, (H, B * T), or None."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +47,9 @@ class Patch:
     upstream_refuses: Callable[[Any], str | None] | None = None
     """Says of a config why upstream can't run its model at all, so that `verify` has no example alone to compare with;
     None if it can."""
-    attention_call: Callable[[AttentionCall], Tensor | None] | None = None
-    """For attention that needs more than another kernel: called before each packed call of an attention module, which
-    it may change. Returns what is added to the scores of each key before they are scaled, (H, T), or None."""
+    attention_call: Callable[[AttentionCall], AttentionCall] | None = None
+    """For attention that needs more than another kernel: given each packed call of an attention module, returns the
+    call to make instead."""
     quirks: Callable[[Any], list[str]] | None = None
     """Says of a config what upstream does with its model, in the running version, that one would not expect."""
     variants: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
@@ -114,24 +115,6 @@ def registry() -> Registry:
             raise PadfreeError(f"entry point {entry_point.name} = {entry_point.value} is no Patch: {patch!r}")
         found.register(patch)
     return found
-
-
-def implementation_of(config: Any) -> str:
-    """The attention implementation that a model of this config was loaded with."""
-    if getattr(config, "_flash_attn_2_enabled", False):  # before 4.36
-        return "flash_attention_2"
-    return getattr(config, "_attn_implementation", None) or "eager"
-
-
-def is_transformers_model(module: nn.Module) -> bool:
-    from transformers import PreTrainedModel
-
-    return isinstance(module, PreTrainedModel)
-
-
-def pretrained_modules(model: nn.Module) -> list[nn.Module]:
-    """The transformers models inside a module, outermost first; looks through PEFT, DDP, FSDP and compiled wrappers."""
-    return [module for module in model.modules() if is_transformers_model(module)]
 
 
 def patch_for(model: nn.Module) -> Patch:

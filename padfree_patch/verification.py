@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import rope
 from .errors import LeakError
-from .forward import needs_rows
-from .registry import pretrained_modules, registry
+from .models import pretrained_modules
+from .registry import registry
+from .seams.model_call import needs_rows
+from .seams.rotary import as_new
 
 LENGTHS = (9, 8)
 """Tokens of examples A and B."""
@@ -182,7 +183,7 @@ class _Probe:
 
     def logits(self, embeds: Tensor, **options: Any) -> Tensor:
         # As new, or the longest sequence so far would decide how the others are rotated.
-        with rope.as_new(self.model), self.autocast:
+        with as_new(self.model), self.autocast:
             output = self.model(inputs_embeds=embeds, **options)
         if isinstance(output, tuple):
             first: Tensor = output[0]

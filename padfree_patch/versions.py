@@ -25,6 +25,12 @@ def transformers_version() -> Version:
     return version
 
 
+@functools.cache
 def inside(version: Version, specifier: str) -> bool:
     """Whether a version is in a range such as ">=4.36,<5.24"; release candidates count as their release."""
     return SpecifierSet(specifier).contains(version.base_version)
+
+
+def transformers(specifier: str) -> bool:
+    """Whether the running transformers is in a range such as "<4.35"."""
+    return inside(transformers_version(), specifier)

@@ -9,7 +9,7 @@ from padfree_patch import versions
 from padfree_patch.registry import Patch
 
 _FFN = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}
-if versions.inside(versions.transformers_version(), ">=5"):
+if versions.transformers(">=5"):
     _FFN["hidden_size"] = 48  # 5.0 to 5.14 do not take it from d_model; 4.x knows no such key
 
 PATCH = Patch(

@@ -13,6 +13,7 @@ Read against models/falcon/modeling_falcon.py of transformers 4.34.1, 4.35.2, 4.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -20,32 +21,39 @@ import torch
 from torch import Tensor
 
 from padfree_patch import versions
-from padfree_patch.registry import AttentionCall, Patch, implementation_of
+from padfree_patch.batch.packed_batch import PackedBatch
+from padfree_patch.models import implementation_of
+from padfree_patch.registry import AttentionCall, Patch
 
 _ADDS_TWICE = ">=4.45"
 """transformers versions whose eager attention adds ALiBi to the scores and has it in the mask too."""
 
 
-def attention_call(call: AttentionCall) -> Tensor | None:
-    """Prepares a packed call of FalconAttention; returns ALiBi as a bias on keys, (H, T), or None."""
-    attention: Any = call.module
+def attention_call(call: AttentionCall) -> AttentionCall:
+    """Gives a packed call of FalconAttention ALiBi as a bias on keys, and in 4.34 a mask."""
+    attention: Any = call.call.module
     device = call.batch.position_ids.device
     eager: Any = next(base for base in type(attention).__mro__ if base.__name__ == "FalconAttention")
-    if versions.inside(versions.transformers_version(), "<4.35") and type(attention) is eager:
-        call.arguments["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)  # True is masked
+    inner = call.call
+    if versions.transformers("<4.35") and type(attention) is eager:
+        inner = inner.changed(attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device))  # True is masked
     if not attention.config.alibi:
-        return None
+        return dataclasses.replace(call, call=inner)
     implementation = implementation_of(attention.config)
-    if implementation == "flash_attention_2":
-        call.forward = eager.forward
-    longest = torch.ones(1, call.batch.sequences.max_seqlen, dtype=torch.long, device=device)
-    build: Any = sys.modules[eager.__module__].build_alibi_tensor
-    table = build(longest, attention.num_heads, dtype=torch.float32)  # (H, 1, longest)
-    alibi: Tensor = table.squeeze(1)[:, call.batch.positions_from_zero.reshape(-1)]
+    forward = eager.forward if implementation == "flash_attention_2" else None
+    alibi = _alibi(call.batch, attention.num_heads, sys.modules[eager.__module__])
     rows = call.batch.position_ids.shape[0]
-    call.arguments["alibi"] = alibi.view(len(alibi), rows, -1).transpose(0, 1)  # (B, H, T): takes upstream's ALiBi path
-    twice = implementation == "eager" and versions.inside(versions.transformers_version(), _ADDS_TWICE)
-    return alibi * 2 if twice else alibi
+    given = alibi.view(len(alibi), rows, -1).transpose(0, 1)  # (B, H, T): takes upstream's ALiBi path
+    twice = implementation == "eager" and versions.transformers(_ADDS_TWICE)
+    bias = alibi * 2 if twice else alibi
+    return dataclasses.replace(call, call=inner.changed(original=forward, alibi=given), key_bias=bias)
+
+
+def _alibi(batch: PackedBatch, heads: int, modeling: Any) -> Tensor:
+    """Returns upstream's ALiBi, (H, B * T), counted from 0 in each sequence."""
+    longest = torch.ones(1, batch.sequences.max_seqlen, dtype=torch.long, device=batch.position_ids.device)
+    table: Tensor = modeling.build_alibi_tensor(longest, heads, dtype=torch.float32)  # (H, 1, longest)
+    return table.squeeze(1)[:, batch.positions_from_zero.reshape(-1)]
 
 
 def upstream_refuses(config: Any) -> str | None:
@@ -60,10 +68,10 @@ def quirks(config: Any) -> list[str]:
         return []
     if refused := upstream_refuses(config):
         return [refused]
-    implementation, version = implementation_of(config), versions.transformers_version()
-    if implementation == "eager" and versions.inside(version, _ADDS_TWICE):
+    implementation = implementation_of(config)
+    if implementation == "eager" and versions.transformers(_ADDS_TWICE):
         return ["upstream's eager attention adds ALiBi twice in this version; so does apply (sdpa adds it once)"]
-    if implementation == "sdpa" and versions.inside(version, "<4.40"):
+    if implementation == "sdpa" and versions.transformers("<4.40"):
         return ["without an attention_mask, upstream's sdpa is not causal in this version; the packed row always is"]
     return []
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from padfree_patch import PackedSequences, PadfreeError
-from padfree_patch.packing import agrees, read_tensors
+from padfree_patch.batch.boundaries import read_tensors
+from padfree_patch.batch.lengths import agrees
 from padfree_patch.testing import SyncCounter
 
 

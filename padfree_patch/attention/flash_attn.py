@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .. import versions
+from ..batch.sequences import PackedSequences
 from ..errors import PadfreeError
-from ..packing import PackedSequences
 from .flash_family import call_varlen_func, kernels_refuse
 
 if TYPE_CHECKING:

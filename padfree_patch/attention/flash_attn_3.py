@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..packing import PackedSequences
+from ..batch.sequences import PackedSequences
 from .flash_family import call_varlen_func, kernels_refuse
 
 if TYPE_CHECKING:

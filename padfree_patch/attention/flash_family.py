@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..packing import PackedSequences
+from ..batch.sequences import PackedSequences
 
 if TYPE_CHECKING:
     from . import Needs

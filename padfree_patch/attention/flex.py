@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import versions
-from ..packing import PackedSequences
+from ..batch.sequences import PackedSequences
 
 if TYPE_CHECKING:
     from . import Needs

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import versions
-from ..packing import PackedSequences
+from ..batch.sequences import PackedSequences
 from . import cpu
 
 if TYPE_CHECKING:

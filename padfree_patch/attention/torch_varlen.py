@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .. import versions
-from ..packing import PackedSequences
+from ..batch.sequences import PackedSequences
 from .flash_family import kernels_refuse, left_and_right
 
 if TYPE_CHECKING:

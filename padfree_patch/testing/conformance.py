@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import rope, versions
-from ..packing import PackedSequences
+from .. import versions
+from ..batch.sequences import PackedSequences
+from ..models import implementation_of
 from ..patching import applied
-from ..registry import implementation_of
+from ..seams.rotary import depends_on_length, unscaled_length
 from ..verification import rounding_of_neighbours
 from .counters import LargestTensor, SyncCounter
 from .models import examples, pack, pad
@@ -144,10 +145,10 @@ def check_cost(make: Make, *, patched: bool = True) -> None:
 
 def _allowed_syncs(model: Any, upstreams: int) -> tuple[int, int]:
     """Of upstream's own and of ours, for a batch of `LENGTHS`."""
-    if rotary := next((module for module in model.modules() if rope.depends_on_length(module)), None):
+    if rotary := next((module for module in model.modules() if depends_on_length(module)), None):
         # Such a rotary asks the device for a length itself, here for each length beyond the unscaled one and once for
         # all others; and before that is read where the positions end.
-        return len({max(length, rope.unscaled_length(rotary)) for length in LENGTHS}) * upstreams, 2
+        return len({max(length, unscaled_length(rotary)) for length in LENGTHS}) * upstreams, 2
     running = versions.transformers_version()
     on_flash = implementation_of(model.config) == "flash_attention_2"
     if versions.inside(running, "<4.36") or (on_flash and versions.inside(running, "<4.45")):

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import attention, kernel_call, patching, rope, support, verification, versions
-from .errors import PadfreeError
-from .registry import Patch, implementation_of, patch_for, pretrained_modules
-from .verification import Verification
+from .. import attention, verification, versions
+from ..errors import PadfreeError
+from ..models import implementation_of, pretrained_modules
+from ..registry import Patch, patch_for
+from ..seams.kernel import recording_windows
+from ..seams.rotary import depends_on_length
+from ..verification import Verification
+from . import applied, is_applied, places, support
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,15 +89,15 @@ def explain(model: nn.Module) -> Explanation:
         "model_type": getattr(config, "model_type", None),
         "transformers": str(versions.transformers_version()),
         "implementation": implementation_of(config),
-        "patched": patching.is_applied(model),
+        "patched": is_applied(model),
     }
     try:
         patch = patch_for(model)
         facts["now"] = verification.verify(model)
-        with patching.applied(model, verify=False):
+        with applied(model, verify=False):
             facts["after"] = verification.verify(model)
             windows = _windows(model, patch, config) if not facts["after"].skipped else ()
-            places = patching.places(model)
+            wrapped = places(model)
     except PadfreeError as error:
         return Explanation(**facts, refused=str(error))
     needs = _needs(models[0], windows)
@@ -105,7 +109,7 @@ def explain(model: nn.Module) -> Explanation:
         backends={backend.NAME: backend.refusal(needs) or "works" for backend in attention.BACKENDS},
         windows=windows,
         notes=tuple(_notes(model, config, windows, patch)),
-        places=places,
+        places=wrapped,
     )
 
 
@@ -134,7 +138,7 @@ def _windows(model: nn.Module, patch: Patch, config: Any) -> tuple[int, ...]:
     try:
         if by_row:
             config.sliding_window = _SMALL_WINDOW
-        with kernel_call.recording_windows() as seen:
+        with recording_windows() as seen:
             verification.run_packed(model)
     finally:
         if by_row:
@@ -159,7 +163,7 @@ def _notes(model: nn.Module, config: Any, windows: tuple[int, ...], patch: Patch
         notes.append(
             f"sliding_window is {configured}, but upstream applies none with this implementation; neither does apply"
         )
-    if any(rope.depends_on_length(module) for module in model.modules()):
+    if any(depends_on_length(module) for module in model.modules()):
         notes.append(
             "the rotary depends on a length: each example of a packed row is rotated by its own, not the row's"
         )

@@ -1,0 +1,25 @@
+"""The transformers models inside a module, and what their configs say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def is_transformers_model(module: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel)
+
+
+def pretrained_modules(model: nn.Module) -> list[nn.Module]:
+    """Returns the transformers models inside a module, outermost first; looks through PEFT, DDP, FSDP, compiled ones."""
+    return [module for module in model.modules() if is_transformers_model(module)]
+
+
+def implementation_of(config: Any) -> str:
+    """Returns the attention implementation that a model of this config was loaded with."""
+    if getattr(config, "_flash_attn_2_enabled", False):  # before 4.36
+        return "flash_attention_2"
+    return getattr(config, "_attn_implementation", None) or "eager"

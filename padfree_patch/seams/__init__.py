@@ -1,0 +1,13 @@
+"""Where upstream is entered: a file for each kind of place.
+
+A kind has a `NAME`, `find`, which looks where a model has such places and checks that upstream's code is what it must
+be, and `answer`, which is what happens there. A new kind is one file here and its name in `KINDS`.
+"""
+
+from __future__ import annotations
+
+from . import attention, decoder, flash_attn, head, interface, key_bias, mask, rotary
+from .kinds import Kind
+
+KINDS: tuple[Kind, ...] = (decoder, head, attention, interface, flash_attn, mask, key_bias, rotary)
+"""In the order in which their checks speak up."""

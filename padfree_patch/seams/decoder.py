@@ -1,0 +1,58 @@
+"""The decoder's forward: the batch is read once, and the stand-in for its mask carries it to the layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..batch.packed_batch import PackedBatch
+from ..errors import PadfreeError
+from ..models import implementation_of, pretrained_modules
+from ..registry import Patch
+from ..wrapping.call import Call
+from ..wrapping.seam import Seam
+from .kinds import Found, check_class_found, check_takes
+from .model_call import concerns, take_batch
+from .rotary import depends_on_length
+from .stand_in import stand_in
+from .under_way import running
+
+NAME = "decoder"
+
+IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
+"""Values of attn_implementation whose models can be patched."""
+
+
+def find(model: nn.Module, patch: Patch) -> Found:
+    decoders = tuple(module for module in pretrained_modules(model) if patch.is_decoder(module))
+    check_class_found(patch, model, patch.decoder, decoders)
+    for decoder in decoders:
+        _check_implementation(patch, decoder)
+        check_takes(patch, decoder, "attention_mask", "position_ids")
+    return Found(frozenset(Seam(type(each), "forward", concerns, answer) for each in decoders), decoders)
+
+
+def answer(call: Call) -> Any:
+    batch = _prepare(call)
+    if batch is None or not any(depends_on_length(child) for child in call.module.children()):
+        return call.proceed()
+    with running(batch=batch):  # it calls its rotary itself
+        return call.proceed()
+
+
+@torch.compiler.disable
+def _prepare(call: Call) -> PackedBatch | None:
+    batch = take_batch(call)
+    if batch is not None:
+        call.arguments["attention_mask"] = stand_in(batch)
+    return batch
+
+
+def _check_implementation(patch: Patch, decoder: Any) -> None:
+    if (implementation := implementation_of(decoder.config)) not in IMPLEMENTATIONS:
+        raise PadfreeError(
+            f"{patch.model_type}: loaded with attention implementation {implementation!r}; load it with one of "
+            f"{', '.join(IMPLEMENTATIONS)} (padfree_patch picks the kernel of packed batches itself)"
+        )

@@ -1,0 +1,124 @@
+"""Models loaded as flash_attention_2: upstream's functions around flash-attn, and flash-attn's own.
+
+They are answered where upstream looks them up. All but the interface's entry are called without the module, so they ask
+whether a packed call is under way in this thread.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import versions
+from ..errors import PadfreeError
+from ..registry import Patch
+from ..wrapping.call import Call
+from ..wrapping.seam import Seam
+from . import interface
+from .kinds import Found, class_named
+from .under_way import running, under_way
+
+NAME = "flash_attn"
+
+_AROUND = "_flash_attention_forward"
+"""Upstream's function around flash-attn, a global from 4.43 on and a method before."""
+
+
+def find(model: nn.Module, patch: Patch) -> Found:
+    seams = set()
+    for module in model.modules():
+        if not patch.is_attention(module):
+            continue
+        namespace = class_named(module, patch.attention).__module__
+        if hasattr(type(module), _AROUND):  # until 4.42 a method, which calls flash-attn's own
+            seams.add(Seam(namespace, "flash_attn_func", concerns, answer_kernel))
+            continue
+        for each in (namespace, "transformers.integrations.flash_attention"):
+            if hasattr(sys.modules.get(each), _AROUND):
+                seams.add(Seam(each, _AROUND, concerns, answer))
+        functions = getattr(sys.modules[namespace], interface.FUNCTIONS, ())
+        if interface.uses_interface(module, patch) and "flash_attention_2" in functions:
+            mapping = f"{namespace}:{interface.FUNCTIONS}"
+            seams.add(Seam(mapping, "flash_attention_2", interface.concerns, answer_interface))
+    return Found(frozenset(seams))
+
+
+def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return under_way.kernel is not None
+
+
+@torch.compiler.disable
+def answer_interface(call: Call) -> Any:
+    """Answers the interface's function for flash-attn: it casts as always, and comes to `_flash_attention_forward`."""
+    given = call.arguments
+    kernel = interface.kernel_of(given["module"], given["query"], given["attention_mask"])
+    with running(kernel=kernel):
+        result = call.proceed()
+    if not kernel.answered:
+        raise PadfreeError(f"{kernel.owner}: {call.original.__name__} came to no kernel that padfree_patch knows")
+    return result
+
+
+def answer(call: Call) -> Tensor:
+    """Answers upstream's function `_flash_attention_forward` (4.43 on), whose tensors are (B, T, heads, D)."""
+    given = call.with_defaults()
+    q, k, v = given["query_states"], given["key_states"], given["value_states"]
+    target = given.get("target_dtype")  # that of the weights, if norms were cast up
+    if target is not None and q.dtype == torch.float32:
+        q, k, v = (x.to(target) for x in (q, k, v))
+    size = given["sliding_window"]
+    return _attend(
+        q,
+        k,
+        v,
+        scale=given["softmax_scale"],
+        dropout=given["dropout"],
+        softcap=given["softcap"],
+        window=size + _window_surplus() if size else 0,
+        causal=given["is_causal"] and given.get("s_aux") is None,  # an attention sink
+    )
+
+
+def answer_kernel(call: Call) -> Tensor:
+    """Answers flash-attn's own function where attention classes call it (until 4.42)."""
+    given = call.with_defaults()
+    left, _ = given.get("window_size", (-1, -1))  # how many tokens a query sees beside itself; -1: all
+    return _attend(
+        given["q"],
+        given["k"],
+        given["v"],
+        scale=given["softmax_scale"],
+        dropout=given["dropout_p"],
+        softcap=given.get("softcap"),
+        window=left + 1,
+        causal=given["causal"],
+    )
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None,
+    dropout: float,
+    softcap: float | None,
+    window: int,
+    causal: bool,
+) -> Tensor:
+    """Attends with q (B, T, H, D), k and v (B, T, K, D); returns (B, T, H, D)."""
+    kernel = under_way.kernel
+    assert kernel is not None  # or the call would not have concerned us
+    if not causal:
+        raise PadfreeError(f"{kernel.owner} asks flash-attn for attention that is not plainly causal: not supported")
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    output = kernel.attend(q, k, v, scale=scale, dropout=float(dropout), window=window, softcap=softcap or 0.0)
+    return output.transpose(1, 2)
+
+
+def _window_surplus() -> int:
+    """Tokens that upstream's window for flash-attn has beside the configured ones: it was (w, w) before 4.56."""
+    return 0 if versions.transformers(">=4.56") else 1

@@ -1,0 +1,70 @@
+"""The forward of a model around a decoder: no label of a packed row reaches across a boundary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batch.labels import ignore_first_labels
+from ..batch.packed_batch import PackedBatch
+from ..errors import PadfreeError
+from ..models import is_transformers_model, pretrained_modules
+from ..registry import Patch
+from ..wrapping.call import Call
+from ..wrapping.opt_in import OptIn
+from ..wrapping.seam import Seam
+from .kinds import Found, check_takes
+from .model_call import concerns, take_batch
+
+NAME = "head"
+
+
+def find(model: nn.Module, patch: Patch) -> Found:
+    heads = tuple(module for module in pretrained_modules(model) if not patch.is_decoder(module))
+    for head in heads:
+        check_takes(patch, head, "attention_mask", "position_ids")
+    return Found(frozenset(Seam(type(each), "forward", concerns, answer) for each in heads), heads)
+
+
+def answer(call: Call) -> Any:
+    _prepare(call)
+    return call.proceed()
+
+
+@torch.compiler.disable
+def _prepare(call: Call) -> None:
+    batch = take_batch(call)
+    if batch is None:
+        return
+    module, arguments = call.module, call.arguments
+    decoder = getattr(module, "base_model", module)
+    if is_transformers_model(decoder) and OptIn.of(decoder) is None:
+        raise PadfreeError(
+            f"{type(module).__name__} is patched, but the {type(decoder).__name__} in it is not; call apply again"
+        )
+    arguments["attention_mask"] = _without_segments(arguments.get("attention_mask"))
+    if any(base.__name__.endswith("ForCausalLM") for base in type(module).__mro__):
+        _ignore_boundaries(arguments, batch)
+
+
+def _without_segments(mask: object) -> Tensor | None:
+    """Returns what a head may do with a mask, now that the boundaries are known: tell real tokens from padding.
+
+    The auxiliary loss of a mixture of experts is over the real ones.
+    """
+    if not isinstance(mask, Tensor):
+        return None
+    return mask if mask.dtype == torch.bool else (mask != 0).to(mask.dtype)
+
+
+def _ignore_boundaries(arguments: dict[str, Any], batch: PackedBatch) -> None:
+    """Sets labels (B, T) to -100 where they say what follows a sequence's last token: the next sequence's first."""
+    for name in ("labels", "shift_labels"):
+        labels = arguments.get(name)
+        if not isinstance(labels, Tensor):
+            continue
+        if labels.shape != batch.position_ids.shape:
+            raise PadfreeError(f"{name} have shape {tuple(labels.shape)}, the tokens {tuple(batch.position_ids.shape)}")
+        arguments[name] = ignore_first_labels(labels, batch.sequences, shifted=name == "shift_labels")

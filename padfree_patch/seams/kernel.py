@@ -1,0 +1,115 @@
+"""The kernel call of one attention module on a packed batch, answered by a varlen backend.
+
+Every kind of attention seam comes here in the end, with queries, keys and values as upstream has made them.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .. import attention
+from ..batch.sequences import PackedSequences
+from ..errors import PadfreeError
+from .key_bias import with_key_bias
+from .stand_in import Recipe
+
+_recorded: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("padfree_patch_windows", default=None)
+
+
+class PackedKernel:
+    """Answers the kernel call of one attention module, once its forward comes to it."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        sequences: PackedSequences,
+        recipe: Recipe,
+        backend: str,
+        key_bias: Tensor | None = None,
+    ):
+        self.owner = type(module).__name__
+        """Class of the module, for errors."""
+        self.key_bias = key_bias
+        """What is added to the scores of each key before they are scaled, (H, B * T), or None."""
+        self.answered = False
+        """Whether the forward has come to the kernel."""
+        self.attending = False
+        """Whether the backend is at work: what it calls is no kernel call of upstream's."""
+        self._sequences, self._recipe, self._backend = sequences, recipe, backend
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None,
+        dropout: float,
+        window: int | None = None,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        """Computes causal attention inside each sequence.
+
+        Args:
+            q: (B, H, T, D).
+            k, v: (B, K, T, D).
+            scale: factor on the scores; None for D ** -0.5.
+            dropout: probability with which an attention weight is dropped.
+            window: newest tokens that a query sees, itself included; 0 for all, None for what the mask's recipe says.
+            softcap: scores become softcap * tanh(scores / softcap); 0 for none.
+
+        Returns (B, H, T, D).
+        """
+        window = self._recipe.window if window is None else window
+        if (windows := _recorded.get()) is not None:
+            windows.append(window)
+        self._check_tokens(q, k)
+        self.answered = True
+        rows, head_dim = q.shape[0], q.shape[3]
+        scale = head_dim**-0.5 if scale is None else scale
+        if self.key_bias is not None:
+            q, k, v = with_key_bias(q, k, v, self.key_bias)
+        dtype = _autocast_dtype(q.device.type) or q.dtype
+        needs = attention.Needs(q.device.type, dtype, q.shape[3], window=window, softcap=softcap, dropout=dropout)
+        q, k, v = (x.to(dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, heads, D)
+        backend = attention.select(needs, self._backend)
+        self.attending = True
+        try:
+            output = backend.attend(
+                q, k, v, self._sequences, scale=scale, window=window, softcap=softcap, dropout=dropout
+            )
+        finally:
+            self.attending = False
+        return output[..., :head_dim].unflatten(0, (rows, -1)).transpose(1, 2)
+
+    def _check_tokens(self, q: Tensor, k: Tensor) -> None:
+        queries, keys, total = q.shape[0] * q.shape[2], k.shape[0] * k.shape[2], self._sequences.total
+        if not queries == keys == total:
+            raise PadfreeError(
+                f"{self.owner}: the batch has {total} tokens, but its kernel was called on {queries} queries and {keys} "
+                "keys"
+            )
+
+
+@contextmanager
+def recording_windows() -> Iterator[list[int]]:
+    """Collects the windows that kernels are called with from here on, in this thread: tokens seen, 0 for all."""
+    windows: list[int] = []
+    token = _recorded.set(windows)
+    try:
+        yield windows
+    finally:
+        _recorded.reset(token)
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Returns what autocast would compute the kernel in: a kernel from outside torch does not see autocast itself."""
+    try:
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    except (AttributeError, TypeError):  # before torch 2.4
+        return torch.get_autocast_gpu_dtype() if device_type == "cuda" and torch.is_autocast_enabled() else None

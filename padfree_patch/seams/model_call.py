@@ -1,0 +1,119 @@
+"""What decoder and head share: the batch of a call is read once, and ordinary calls are left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..batch.lengths import LENGTH_ARGUMENTS
+from ..batch.packed_batch import PackedBatch, read_batch
+from ..errors import PadfreeError
+from ..wrapping.call import Call
+from ..wrapping.opt_in import OptIn
+from .stand_in import is_stand_in
+
+
+def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the call of a model's forward must be looked at: it is a patched model's, and may be packed.
+
+    Looks at no values, and is traced by torch.compile: ordinary calls stay one graph. A decoder's call that already
+    carries our stand-in passes too: an outer wrapper of ours has prepared it.
+    """
+    if OptIn.of(args[0]) is None or is_stand_in(kwargs.get("attention_mask")):
+        return False
+    if len(args) > 2 or any(name in kwargs for name in LENGTH_ARGUMENTS):
+        return True
+    tokens = args[1] if len(args) == 2 else kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    if tokens is None or tokens.dim() < 2:
+        return False  # upstream says what is wrong
+    if tokens.shape[0] == 0 or tokens.shape[1] == 0:
+        return True
+    several_tokens = tokens.shape[1] > 1  # unlike in every step of generate but the first
+    return several_tokens and not (kwargs.get("position_ids") is None and kwargs.get("attention_mask") is None)
+
+
+def take_batch(call: Call) -> PackedBatch | None:
+    """Returns the packed batch of a call, or None if it is ordinary.
+
+    Takes the lengths out of the arguments, which upstream would refuse. Of a packed call, takes the cache out as well:
+    it would be one of several texts at once, so nothing could be generated from it.
+    """
+    lengths = _take_lengths(call.arguments)
+    batch = _read(call, lengths)
+    if batch is None:
+        return None
+    _check_result(call)
+    call.arguments["position_ids"] = batch.position_ids
+    call.arguments.pop("past_key_values", None)
+    if call.takes("use_cache"):
+        call.arguments["use_cache"] = False
+    return batch
+
+
+def _take_lengths(arguments: dict[str, Any]) -> dict[str, Any]:
+    # From 4.54 on, generate passes flash-attn lengths that are about cache and padding: those stay.
+    generating = arguments.get("past_key_values") is not None and arguments.get("attention_mask") is not None
+    ours = [name for name in LENGTH_ARGUMENTS if name in arguments and (name == "packed_sequences" or not generating)]
+    given = {name: arguments.pop(name) for name in ours}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _read(call: Call, lengths: dict[str, Any]) -> PackedBatch | None:
+    tokens = tokens_of(call.arguments)
+    if tokens is None:
+        return None  # upstream says what is missing
+    name = type(call.module).__name__
+    if tokens.numel() == 0:
+        raise PadfreeError(f"{name}: empty input, the tokens have shape {tuple(tokens.shape)}")
+    cache = call.arguments.get("past_key_values")
+    batch = read_batch(
+        (int(tokens.shape[0]), int(tokens.shape[1])),
+        tokens.device,
+        position_ids=call.arguments.get("position_ids"),
+        attention_mask=call.arguments.get("attention_mask"),
+        lengths=lengths,
+        generating=cache is not None,
+    )
+    if batch is not None and (cached := _cached_tokens(cache)):
+        raise PadfreeError(
+            f"{name}: a packed batch ({batch.sequences}) with a cache that holds {cached} tokens; "
+            "pass no past_key_values with packed examples, or no restarting positions with a cache"
+        )
+    return batch
+
+
+def tokens_of(arguments: dict[str, Any]) -> Tensor | None:
+    """Returns input_ids (B, T), or inputs_embeds (B, T, D) if those are given instead; None if neither is."""
+    tokens: Tensor | None = arguments.get("input_ids")
+    return arguments.get("inputs_embeds") if tokens is None else tokens
+
+
+def _cached_tokens(cache: Any) -> int:
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    return int(cache[0][0].shape[-2]) if len(cache) and cache[0] is not None else 0  # tuples, before 4.36
+
+
+def _check_result(call: Call) -> None:
+    """Raises PadfreeError if the caller asks for something that a packed call doesn't compute."""
+    name, config = type(call.module).__name__, call.module.config
+    wants_weights = call.arguments.get("output_attentions")
+    if getattr(config, "output_attentions", False) if wants_weights is None else wants_weights:
+        raise PadfreeError(
+            f"{name}: output_attentions of a packed batch: its weights are never computed; switch it off"
+        )
+    if needs_rows(call.module):
+        raise PadfreeError(
+            f"{name} gives one result per row, so a packed row would give one for all its sequences; call its decoder, "
+            "and its head on padfree_patch.last_tokens(hidden_states, sequences)"
+        )
+
+
+def needs_rows(module: nn.Module) -> bool:
+    """Whether a head makes one result of each row (pooled, or a softmax over its tokens)."""
+    return any(head in type(module).__name__ for head in ("ForSequenceClassification", "ForQuestionAnswering"))

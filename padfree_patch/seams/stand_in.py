@@ -1,0 +1,60 @@
+"""What travels in the place of a packed row's attention mask: a tensor that carries the batch.
+
+A packed row has no mask of T x T. What goes from the decoder to its layers instead is a tensor of shape
+(1, 1, sequences + 1, 1, window + 1). Its values are `PackedBatch.boundaries`: they say where the sequences end. Its last
+dimension is the recipe: how upstream's builder masks one sequence. Ordinary masks have at most four dimensions, so it
+can't be mistaken. Being an argument, it survives gradient checkpointing, replicas and other threads. Its shape is read
+without a device sync, and so are its values, because they lie on the CPU wherever the lengths are known there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..batch.packed_batch import PackedBatch, batch_at_layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How upstream's builder masks one sequence: causally, as far as `window` reaches."""
+
+    window: int = 0
+    """Newest tokens that a query sees, itself included; 0 for all."""
+
+
+CAUSAL = Recipe()
+
+
+def stand_in(batch: PackedBatch, recipe: Recipe = CAUSAL) -> Tensor:
+    """Returns what stands for the mask of a packed batch, (1, 1, sequences + 1, 1, window + 1). Allocates nothing."""
+    return with_recipe(batch.boundaries[None, None, :, None, None], recipe)
+
+
+def with_recipe(mask: Tensor, recipe: Recipe) -> Tensor:
+    """Returns the stand-in of the same batch with another recipe."""
+    return mask[..., :1].expand(1, 1, -1, 1, recipe.window + 1)
+
+
+def is_stand_in(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 5
+
+
+def find_stand_in(values: Iterable[object]) -> Tensor | None:
+    """Returns the first stand-in among the arguments of a call, or None."""
+    for value in values:
+        if isinstance(value, Tensor) and value.dim() == 5:
+            return value
+    return None
+
+
+def recipe_of(mask: Tensor) -> Recipe:
+    return Recipe(window=mask.shape[4] - 1)
+
+
+def batch_of(mask: Tensor, shape: tuple[int, int], device: torch.device) -> PackedBatch:
+    """Returns the batch that a stand-in carries; shape (B, T) and device are those of the layer's tokens."""
+    return batch_at_layer(mask[0, 0, :, 0, 0], shape, device)

@@ -1,0 +1,37 @@
+"""The packed call that runs in this thread, for places that upstream calls with nothing that says so.
+
+Only what lies inside one forward of one module may ask here: at a recomputation under gradient checkpointing that
+forward runs again, and sets it again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ..batch.packed_batch import PackedBatch
+
+if TYPE_CHECKING:
+    from .kernel import PackedKernel
+
+
+class _UnderWay(threading.local):
+    batch: PackedBatch | None = None
+    kernel: PackedKernel | None = None
+
+
+under_way = _UnderWay()
+"""Its `batch` is the one whose rotary runs; its `kernel` the one that flash-attn would be called for."""
+
+
+@contextmanager
+def running(*, batch: PackedBatch | None = None, kernel: PackedKernel | None = None) -> Iterator[None]:
+    """Sets what is given while upstream's code runs, and puts back what was there before."""
+    outer = under_way.batch, under_way.kernel
+    under_way.batch, under_way.kernel = batch or outer[0], kernel or outer[1]
+    try:
+        yield
+    finally:
+        under_way.batch, under_way.kernel = outer

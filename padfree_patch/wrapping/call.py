@@ -1,0 +1,78 @@
+"""Call: one call of a wrapped function of upstream, by the names of its arguments."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+_signatures: weakref.WeakKeyDictionary[Callable[..., Any], inspect.Signature] = weakref.WeakKeyDictionary()
+
+
+def signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Returns the signature of a function of upstream, as it is under upstream's decorators."""
+    found = _signatures.get(function)
+    if found is None:
+        found = _signatures[function] = inspect.signature(function)
+    return found
+
+
+def takes_keyword(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function takes a keyword argument of that name, by name or among any."""
+    takes = signature(function).parameters
+    return name in takes or any(each.kind is each.VAR_KEYWORD for each in takes.values())
+
+
+class Call:
+    """A call that somebody has made of a wrapped function, before it goes on to the function itself.
+
+    Made only for calls that concern a patched model: torch.compile traces all others as one graph.
+    """
+
+    __slots__ = ("_names", "_rest", "arguments", "original")
+
+    original: Callable[..., Any]
+    """The function itself, as it was before it was wrapped."""
+    arguments: dict[str, Any]
+    """All arguments by name, those of `**kwargs` among them; may be changed."""
+
+    def __init__(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]):
+        parameters = signature(original).parameters.values()
+        names = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+        named = dict(zip(names, args))
+        if (len(args) > len(names) and not any(each.kind is each.VAR_POSITIONAL for each in parameters)) or (
+            named.keys() & kwargs.keys()
+        ):
+            original(*args, **kwargs)  # raises the TypeError that Python has for it
+        self.original = original
+        self.arguments = {**named, **kwargs}
+        self._names, self._rest = names, args[len(names) :]
+
+    @property
+    def module(self) -> Any:
+        """The first argument: of a method, the object that it was called on."""
+        return self.arguments[self._names[0]]
+
+    def takes(self, name: str) -> bool:
+        return takes_keyword(self.original, name)
+
+    def with_defaults(self) -> dict[str, Any]:
+        """Returns all arguments by name, with the defaults of those that were not given."""
+        parameters = signature(self.original).parameters.values()
+        return {each.name: each.default for each in parameters if each.default is not each.empty} | self.arguments
+
+    def changed(self, original: Callable[..., Any] | None = None, **arguments: Any) -> Call:
+        """Returns a copy with some arguments changed, or of another function."""
+        twin = copy.copy(self)
+        twin.original = original or self.original
+        twin.arguments = {**self.arguments, **arguments}
+        return twin
+
+    def proceed(self) -> Any:
+        """Calls the function itself."""
+        arguments = dict(self.arguments)
+        names = self._names if self._rest else self._names[:1]
+        given = [arguments.pop(name) for name in names if name in arguments]
+        return self.original(*given, *self._rest, **arguments)

@@ -1,0 +1,95 @@
+"""How a module says that it is patched: one object in its `__dict__`.
+
+The object is copied by deepcopy, pickled with the module and shared with DataParallel's replicas, so that all of them
+stay patched. As long as one that needs a seam lives anywhere, the seam stays.
+"""
+
+from __future__ import annotations
+
+import gc
+import types
+import weakref
+from typing import Any
+
+from torch import nn
+
+from .seam import ORIGINAL, Seam, installed, lock
+
+ATTRIBUTE = "_padfree_patch"
+"""Name under which a module holds its OptIn."""
+
+
+class OptIn:
+    """Marks a module as patched."""
+
+    def __init__(self, model_type: str, backend: str, seams: tuple[Seam, ...]):
+        self.model_type, self.backend, self.seams = model_type, backend, seams
+        self.set_aside: dict[str, Any] = {}
+        """What stood in the module's `__dict__` and would have gone past the patched class."""
+        living.add(self)
+
+    @staticmethod
+    def of(module: nn.Module) -> OptIn | None:
+        """Returns the OptIn of a module, or None if it is not patched."""
+        # Not vars(module).get: that is no guard of torch.compile, which would run another model's graph for this one.
+        found: OptIn | None = getattr(module, ATTRIBUTE, None)
+        return found
+
+    def attach(self, module: nn.Module) -> None:
+        own = vars(module)
+        for name in ("forward", "_old_forward"):  # the second is where accelerate's hooks keep what they call
+            if is_class_forward(module, own.get(name)):
+                self.set_aside[name] = own.pop(name)
+                if name == "_old_forward":
+                    own[name] = types.MethodType(type(module).forward, module)
+        own[ATTRIBUTE] = self
+
+    @staticmethod
+    def detach(module: nn.Module) -> None:
+        """Takes the OptIn of a module away, if it has one."""
+        opt_in = vars(module).pop(ATTRIBUTE, None)
+        if opt_in is not None:
+            vars(module).update(opt_in.set_aside)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptIn:
+        return OptIn(self.model_type, self.backend, self.seams)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle, (self.model_type, self.backend, self.seams)
+
+
+living: weakref.WeakSet[OptIn] = weakref.WeakSet()
+"""Every OptIn that a module holds, or that an error's frames still hold."""
+
+
+def _unpickle(model_type: str, backend: str, seams: tuple[Seam, ...]) -> OptIn:
+    """Patches what a saved module needs, in another process too."""
+    with lock:
+        opt_in = OptIn(model_type, backend, seams)
+        for seam in seams:
+            seam.install()
+    return opt_in
+
+
+def is_class_forward(module: nn.Module, own: object) -> bool:
+    """Whether a bound method is what the class has, or had before it was wrapped or unwrapped here.
+
+    transformers 4.52 to 4.57 leave one on each layer after a call with output_hidden_states.
+    """
+    if not (isinstance(own, types.MethodType) and own.__self__ is module):
+        return False
+    current = type(module).forward
+    return own.__func__ in (current, getattr(current, ORIGINAL, current)) or hasattr(own.__func__, ORIGINAL)
+
+
+def remove_unused_seams() -> None:
+    """Puts every function back that no patched module needs any more.
+
+    Runs the garbage collector while other models are patched: a model in a reference cycle would keep its seams.
+    """
+    with lock:
+        if living:
+            gc.collect()
+        needed = {seam for opt_in in list(living) for seam in opt_in.seams}
+        for seam in [seam for seam in installed if seam not in needed]:
+            seam.remove()

@@ -1,0 +1,133 @@
+"""Seam: a place where upstream looks a function up, and what answers there instead."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .call import Call
+
+ORIGINAL = "__padfree_original__"
+"""Attribute by which our functions are told from others'."""
+
+_ABSENT = object()
+
+Concerns = Callable[[tuple[Any, ...], dict[str, Any]], bool]
+Answer = Callable[[Call], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Seam:
+    """A function `name` of a class, of the namespace of a module, or of a mapping in a module's namespace.
+
+    Its functions are pickled by name, with the models that need the seam.
+    """
+
+    owner: type | str
+    """A class, a module's name, or "module:NAME" of a mapping there."""
+    name: str
+    """Attribute of the class or module, or key of the mapping."""
+    concerns: Concerns
+    """Whether a call, as (args, kwargs), is to be answered; every other call goes straight through. Traced by
+    torch.compile."""
+    answer: Answer
+    """What happens instead of the function itself."""
+
+    def __str__(self) -> str:
+        if isinstance(self.owner, str):
+            module, _, mapping = self.owner.partition(":")
+            return f"{module}.{mapping}[{self.name!r}]" if mapping else f"{module}.{self.name}"
+        return f"{self.owner.__module__}.{self.owner.__qualname__}.{self.name}"
+
+    def install(self) -> None:
+        """Wraps the function; does nothing if it is wrapped here already."""
+        with lock:
+            holder, here = _holder(self.owner), installed.setdefault(self, [])
+            if any(holder is each.holder for each in here):
+                return
+            current = holder[self.name] if _is_mapping(holder) else getattr(holder, self.name)
+            own = _own_entries(holder).get(self.name, _ABSENT)
+            wrapper: Any = wrapped(current, self.concerns, self.answer)
+            if isinstance(own, staticmethod):
+                wrapper = staticmethod(wrapper)
+            here.append(Installed(holder, own, wrapper))
+            _put(holder, self.name, wrapper)
+
+    def remove(self) -> None:
+        """Puts back what the wrapper replaced, and its absence if it was inherited."""
+        for holder, own, wrapper in installed.pop(self):
+            if _own_entries(holder).get(self.name) is not wrapper:
+                continue  # somebody wrapped it again: theirs stays, and ours in it calls straight through
+            _put(holder, self.name, own)
+
+
+class Installed(NamedTuple):
+    """A seam that is in place, and what it replaced."""
+
+    holder: Any
+    own: Any
+    """What the holder itself had under the name, or _ABSENT."""
+    wrapper: Callable[..., Any]
+    """What it has there now."""
+
+
+lock = threading.RLock()
+installed: dict[Seam, list[Installed]] = {}
+"""More than one for a seam if a module of remote code was loaded again under its name."""
+
+
+def wrapped(original: Callable[..., Any], concerns: Concerns, answer: Answer) -> Callable[..., Any]:
+    """Returns a plain function that answers the calls which concern us and passes all others on."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not concerns(args, kwargs):
+            return original(*args, **kwargs)
+        return answer(Call(original, args, kwargs))
+
+    functools.update_wrapper(call, original)
+    # accelerate's unwrap_model follows __wrapped__ to the innermost function and puts that on the instance: not ours.
+    del call.__wrapped__  # type: ignore[attr-defined]
+    call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    setattr(call, ORIGINAL, original)
+    return call
+
+
+def original_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns what one of our wrappers wraps; any other function as it is."""
+    return getattr(function, ORIGINAL, function)
+
+
+def _holder(owner: type | str) -> Any:
+    if not isinstance(owner, str):
+        return owner
+    module, _, mapping = owner.partition(":")
+    holder = importlib.import_module(module)
+    return getattr(holder, mapping) if mapping else holder
+
+
+def _is_mapping(holder: Any) -> bool:
+    return hasattr(holder, "__getitem__") and not isinstance(holder, type)
+
+
+def _own_entries(holder: Any) -> Any:
+    """What the holder itself has by name. transformers' mappings keep what is set on an instance apart (4.53 on)."""
+    if not _is_mapping(holder):
+        return vars(holder)
+    return getattr(holder, "_local_mapping", holder)
+
+
+def _put(holder: Any, name: str, value: Any) -> None:
+    if _is_mapping(holder):
+        if value is _ABSENT:
+            del holder[name]
+        else:
+            holder[name] = value
+    elif value is _ABSENT:
+        delattr(holder, name)
+    else:
+        setattr(holder, name, value)
