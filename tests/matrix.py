@@ -155,8 +155,8 @@ def page(found: Cells) -> str:
         "",
         "`nox -s matrix` makes this page, and [support.json](support.json) for programs. A cell is an architecture in "
         "one of its configurations, loaded with one attention implementation, on the last patch release of a "
-        "transformers minor. In each cell, all checks of `padfree_patch.testing` run: logits, loss and gradients against each "
-        "example alone, isolation bit for bit, several rows, two forwards before one backward with both kinds of "
+        "transformers minor. In each cell, all checks of `padfree_patch.testing` run: logits, loss and gradients against "
+        "each example alone, isolation bit for bit, several rows, two forwards before one backward with both kinds of "
         "checkpointing, device syncs, the largest tensor, router losses of mixtures of experts, and ordinary calls, "
         "which must be bit-identical.",
         "",
