@@ -53,7 +53,7 @@ def main(
 
 
 def run(model: str, file: Path, batch_size: int, steps: int, max_length: int) -> None:
-    """One demo; keeps its results and its picture."""
+    """Runs one demo, and keeps its results and its picture."""
     name = f"{file.name.split('.')[0]}-batch-{batch_size}"
     output = RESULTS / name
     options = {"model": model, "data": file, "batch-size": batch_size, "steps": steps, "max-length": max_length}
@@ -65,7 +65,7 @@ def run(model: str, file: Path, batch_size: int, steps: int, max_length: int) ->
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """A row per run."""
+    """Returns a table with a row per run."""
     columns = (
         "data",
         "batch",
@@ -93,7 +93,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def page(results: dict[str, dict[str, Any]]) -> str:
-    """The whole page: settings, table, losses step by step, pictures."""
+    """Returns the whole page: settings, table, losses step by step, pictures."""
     first = next(iter(results.values()))["settings"]
     versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "transformers", "accelerate"))
     parts = [
@@ -128,7 +128,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
 
 
 def between(text: str, mark: str, content: str) -> str:
-    """`text` with what stands between the two comments of `mark` replaced."""
+    """Returns `text` with what stands between the two comments of `mark` replaced."""
     begin, end = text.index(f"<!-- {mark}:begin"), text.index(f"<!-- {mark}:end")
     return f"{text[: text.index('-->', begin) + 3]}\n{content}\n{text[end:]}"
 

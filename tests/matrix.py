@@ -30,7 +30,7 @@ Cells = dict[str, dict[str, dict[str, dict[str, str]]]]
 
 
 def verdicts() -> dict[str, dict[str, dict[str, str]]]:
-    """model type -> implementation -> variant -> verdict."""
+    """Returns model type -> implementation -> variant -> verdict."""
     return {
         patch.model_type: {
             implementation: {
@@ -132,7 +132,7 @@ def by_release(version: str) -> tuple[int, ...]:
 
 
 def summary(variants: dict[str, str]) -> str:
-    """The worst of the verdicts; a variant that upstream can't build or run does not count against the others."""
+    """Returns the worst verdict; a variant that upstream can't build or run does not count against the others."""
     words = {said.split(":")[0] for said in variants.values()}
     return next(
         (word for word in ("wrong", "refused", "exact", "native-exact", "upstream fails") if word in words), "absent"
@@ -140,7 +140,7 @@ def summary(variants: dict[str, str]) -> str:
 
 
 def page(found: Cells) -> str:
-    """docs/support.md."""
+    """Returns the text of docs/support.md."""
     model_types = sorted({model_type for row in found.values() for model_type in row})
     cells = [
         (version, model_type, implementation, variant, said)
@@ -153,12 +153,12 @@ def page(found: Cells) -> str:
     lines = [
         "# Support",
         "",
-        "`nox -s matrix` makes this page, and [support.json](support.json) for programs. A cell is an architecture in "
-        "one of its configurations, loaded with one attention implementation, on the last patch release of a "
-        "transformers minor. In each cell, all checks of `padfree_patch.testing` run: logits, loss and gradients against "
-        "each example alone, isolation bit for bit, several rows, two forwards before one backward with both kinds of "
-        "checkpointing, device syncs, the largest tensor, router losses of mixtures of experts, and ordinary calls, "
-        "which must be bit-identical.",
+        "`nox -s matrix` makes this page, and [support.json](support.json) for programs. A cell is an architecture in"
+        " one of its configurations, loaded with one attention implementation, on the last patch release of a "
+        "transformers minor. In each cell, all checks of `padfree_patch.testing` run: logits, loss and gradients "
+        "against each example alone, isolation bit for bit, several rows, two forwards before one backward with both "
+        "kinds of checkpointing, device syncs, the largest tensor, router losses of mixtures of experts, and ordinary"
+        " calls, which must be bit-identical.",
         "",
         "- **exact**: all checks pass on the patched model, not all on the unpatched one.",
         "- **native-exact**: the unpatched model passes them too.",
