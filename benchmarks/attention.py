@@ -45,7 +45,7 @@ BASELINE, PUBLIC = "operator per sequence", "public function"
 
 
 class OperatorPerSequence(torch.autograd.Function):
-    """The 1.00."""
+    """Computes what is called 1.00: a private operator per sequence, in one autograd function."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
@@ -93,7 +93,7 @@ def main(rounds: int) -> None:
 
 
 def candidates(dtype: str, head_dim: int) -> dict[str, Callable[..., Tensor]]:
-    """The baseline, what runs here, and the public function."""
+    """Returns the baseline, the backends that run here, and the public function, by name."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     needs = attention.Needs(device, DTYPES[dtype], head_dim)
     found: dict[str, Callable[..., Tensor]] = {}
@@ -105,7 +105,7 @@ def candidates(dtype: str, head_dim: int) -> dict[str, Callable[..., Tensor]]:
 
 
 def without_operators(*args: Any, **kwargs: Any) -> Tensor:
-    """The sdpa backend as it is where PyTorch's private operators are not what they are here."""
+    """Runs the sdpa backend as on a PyTorch without the private operators: with the public function."""
     works, cpu.works = cpu.works, lambda: False
     try:
         return attention.sdpa.attend(*args, **kwargs)
@@ -136,7 +136,7 @@ def timed(
 
 
 def speed(dtype: str, shape: str, set_name: str, rounds: int) -> dict[str, Any]:
-    """Median over rounds of each candidate's time over the baseline's in the same round."""
+    """Returns the median over rounds of each candidate's time over the baseline's in the same round."""
     ways = candidates(dtype, int(shape.split("/")[2]))
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
@@ -160,7 +160,7 @@ def speed(dtype: str, shape: str, set_name: str, rounds: int) -> dict[str, Any]:
 
 
 def error(dtype: str, name: str, attend: Callable[..., Tensor]) -> dict[str, Any]:
-    """Of the output and of the worst gradient, over lengths on both sides of every change of method."""
+    """Measures the errors of output and worst gradient, on lengths on both sides of every change of method."""
     lengths = [1, 64, 129, 192, 193, 300, 768, 2049]
     qkv, of_out = inputs(dtype, "9/3/64", lengths, torch.Generator().manual_seed(0))
     output = attend(*qkv, PackedSequences.from_lengths(lengths, device=of_out.device), scale=0.125)
@@ -173,7 +173,7 @@ def error(dtype: str, name: str, attend: Callable[..., Tensor]) -> dict[str, Any
 
 
 def in_float64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One sequence, written out: q (L, H, D), k and v (L, K, D)."""
+    """Computes one sequence, written out: q (L, H, D), k and v (L, K, D)."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * 0.125
     later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
@@ -181,7 +181,7 @@ def in_float64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def cost_of(dtype: str, name: str, rounds: int) -> dict[str, Any]:
-    """The sdpa backend with an option over itself without, on the flan set."""
+    """Times the sdpa backend with an option over its time without, on the flan set."""
     ratios = []
     for number in range(rounds):
         generator = torch.Generator().manual_seed(number)
@@ -193,7 +193,7 @@ def cost_of(dtype: str, name: str, rounds: int) -> dict[str, Any]:
 
 
 def with_alibi(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, *, scale: float) -> Tensor:
-    """A bias on keys as patched models have it: one more channel of q and k, and no keys shared between heads."""
+    """Adds a bias on keys as patched models do: one more channel of q and k, and no keys shared between heads."""
     slopes = 2.0 ** -torch.arange(1, q.shape[1] + 1, dtype=q.dtype, device=q.device)
     bias = slopes[:, None] * sequences.position_ids().to(q.device, q.dtype)  # (H, T)
     rows = kernel_call._with_key_bias(*(x.transpose(0, 1)[None] for x in (q, k, v)), bias)
@@ -202,7 +202,7 @@ def with_alibi(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, *, s
 
 
 def picture(speeds: list[dict[str, Any]]) -> Figure:
-    """Ratios to the baseline, a panel per dtype."""
+    """Draws the ratios to the baseline, a panel per dtype."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, dtype in zip(figure.subplots(1, len(DTYPES), sharey=True), DTYPES):
         rows = [each for each in speeds if each["dtype"] == dtype]

@@ -31,7 +31,7 @@ matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False
 
 
 def environment() -> dict[str, Any]:
-    """What a figure depends on besides the code."""
+    """Returns what a figure depends on besides the code."""
     return {
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
@@ -53,13 +53,13 @@ def save(name: str, results: dict[str, Any], figure: Figure) -> None:
 
 
 def progress() -> Progress:
-    """A bar that says what runs now."""
+    """Makes a bar that shows what runs now."""
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     return Progress(*columns)
 
 
 def small_model(*, layers: int = 4, vocabulary: int = 8192, **changes: Any) -> Any:
-    """A Llama with random weights, as wide as SmolLM2-135M, whose head does not dwarf the layers."""
+    """Makes a Llama with random weights, as wide as SmolLM2-135M, whose head does not dwarf the layers."""
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
     config = transformers.LlamaConfig(
         **{**sizes, **changes},
@@ -73,19 +73,19 @@ def small_model(*, layers: int = 4, vocabulary: int = 8192, **changes: Any) -> A
 
 
 def load(folder: str, name: str) -> Any:
-    """The real weights, or four layers of the same width with random ones and a smaller vocabulary."""
+    """Loads the real weights, or makes four layers of the same width with random weights and a smaller vocabulary."""
     if name == SMALL:
         return small_model()
     return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
 
 
 def fold(model: Any, examples: list[torch.Tensor]) -> dict[str, dict[str, Any]]:
-    """Step batches with token numbers that the model has."""
+    """Makes step batches with token ids that the model has."""
     return step_batches([ids % model.config.vocab_size for ids in examples])
 
 
 def batches_from(file: Path, tokenizer: Any, *, batch_size: int, count: int, max_length: int) -> Iterator[list[Any]]:
-    """`count` batches of examples in random order: int64 (tokens,) each, cut to `max_length`."""
+    """Yields `count` batches of examples in random order: int64 (tokens,) each, cut to `max_length`."""
     texts = shuffled(read_texts(file), count=batch_size * count, seed=batch_size)
     examples = [torch.tensor(ids) for ids in tokenise(texts, tokenizer, max_length=max_length)]
     for start in range(0, len(examples), batch_size):
@@ -93,6 +93,6 @@ def batches_from(file: Path, tokenizer: Any, *, batch_size: int, count: int, max
 
 
 def median_of(ratios: Iterable[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
+    """Returns median, smallest, largest and count."""
     ratios = list(ratios)
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios), "count": len(ratios)}

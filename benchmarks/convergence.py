@@ -78,7 +78,7 @@ def main(
 def run(
     model: Any, kind: str, batches: list[Any], validation: list[Any], learning_rate: float, bar: Progress
 ) -> dict[str, Any]:
-    """Losses step by step, and the validation loss at the end."""
+    """Returns the losses step by step, and the validation loss at the end."""
     threads = torch.get_num_threads()
     if kind == "control":
         torch.set_num_threads(1)
@@ -105,7 +105,7 @@ def run(
 
 @torch.no_grad()
 def evaluated(model: Any, validation: list[Any]) -> float:
-    """Mean loss per token of padded batches."""
+    """Returns the mean loss per token of padded batches."""
     model.eval()
     total, tokens = 0.0, 0
     for examples in validation:
@@ -117,7 +117,7 @@ def evaluated(model: Any, validation: list[Any]) -> float:
 
 
 def picture(runs: dict[str, Any], differences: dict[str, list[float]]) -> Figure:
-    """The curves, and how far each is from the padding-free one."""
+    """Draws the curves, and how far each is from the padding-free one."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     curves, apart = figure.subplots(1, 2)
     for kind, width in (("padded", 4), ("packed", 1.5), ("naive", 1)):

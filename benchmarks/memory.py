@@ -71,7 +71,7 @@ def main(
 
 
 def measured(model: Any, kind: str, batches: list[Any]) -> dict[str, Any]:
-    """Peak of this process over steps on some batches, and what it held before."""
+    """Measures the peak of this process over steps on some batches, and what it held before."""
     before = resident_bytes()
     reset_peak()
     for examples in batches:
@@ -81,7 +81,7 @@ def measured(model: Any, kind: str, batches: list[Any]) -> dict[str, Any]:
 
 
 def picture(found: list[dict[str, Any]]) -> Figure:
-    """Median peak of every case."""
+    """Draws the median peak of every case."""
     cases = list(dict.fromkeys((each["model"], each["data"]) for each in found))
     figure = Figure(figsize=(6.5, 3), layout="constrained")
     axes = figure.subplots()

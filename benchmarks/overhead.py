@@ -29,7 +29,7 @@ NARROW = {"hidden_size": 18, "intermediate_size": 32, "num_attention_heads": 9, 
 
 
 class OperatorCounter(TorchDispatchMode):
-    """How many operators PyTorch runs."""
+    """Counts the operators that PyTorch runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def repeated(run: Callable[[], Any], model: Any, times: int) -> float:
-    """Median seconds of an apply; each is undone before the next."""
+    """Returns the median seconds of an apply; each is undone before the next."""
     seconds = []
     for _ in range(times):
         seconds.append(timed(run))
@@ -98,7 +98,7 @@ def repeated(run: Callable[[], Any], model: Any, times: int) -> float:
 
 @torch.no_grad()
 def compared(model: Any, batch: dict[str, Any], rounds: int) -> dict[str, float]:
-    """Median seconds of a forward, patched and unpatched in turn."""
+    """Returns the median seconds of a forward, patched and unpatched in turn."""
     seconds: dict[str, list[float]] = {"unpatched": [], "patched": []}
     for number in range(rounds + 1):
         unpatched = timed(lambda: model(**batch))
@@ -112,7 +112,7 @@ def compared(model: Any, batch: dict[str, Any], rounds: int) -> dict[str, float]
 
 @torch.no_grad()
 def counted(model: Any, batch: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Operators and device syncs of one forward, unpatched and patched."""
+    """Counts operators and device syncs of one forward, unpatched and patched."""
     found = {}
     for name in ("unpatched", "patched"):
         if name == "patched":
@@ -127,7 +127,7 @@ def counted(model: Any, batch: dict[str, Any]) -> dict[str, dict[str, int]]:
 
 
 def syncs(model: Any) -> dict[str, int]:
-    """Device syncs of a packed step's forward and backward."""
+    """Counts the device syncs of a packed step's forward and backward."""
     examples = [{"input_ids": torch.randint(64, (n,)).tolist()} for n in (50, 7, 120)]
     found = {}
     for name, with_lengths in (("with the collator's lengths", True), ("from position_ids", False)):
@@ -140,7 +140,7 @@ def syncs(model: Any) -> dict[str, int]:
 
 
 def picture(results: dict[str, Any]) -> Figure:
-    """Added share of a forward, and seconds of apply and verify, each beside its bar."""
+    """Draws the added share of a forward, and the seconds of apply and verify, each beside its bar."""
     figure = Figure(figsize=(8, 2.6), layout="constrained")
     calls, once = figure.subplots(1, 2)
     shares = {name: 100 * each["added_share"] for name, each in results["calls"].items()}

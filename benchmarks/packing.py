@@ -53,7 +53,7 @@ def main(folder: str, files: tuple[Path, ...], max_length: int, rounds: int) -> 
 
 
 def compared(data: Any, lengths: list[int], max_length: int, rounds: int) -> dict[str, Any]:
-    """Seconds and waste of ours and TRL's, and of the sampler's batches."""
+    """Measures seconds and waste of our packing, of TRL's, and of the sampler's batches."""
     ways: dict[str, Callable[[], Any]] = {
         "ours": lambda: pack_dataset(data, max_length),
         "trl": lambda: trl_pack_dataset(data, max_length, "bfd", map_kwargs={"load_from_cache_file": False}),
@@ -83,7 +83,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:
-    """Seconds, ours and TRL's, per data set."""
+    """Draws the seconds of our packing and of TRL's, per data set."""
     figure = Figure(figsize=(5, 2.6), layout="constrained")
     axes = figure.subplots()
     for offset, (name, colour) in enumerate((("trl", "#b0b7c3"), ("ours", "#1f6feb"))):

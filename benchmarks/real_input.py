@@ -53,7 +53,7 @@ def main(
 
 
 def run(model: str, file: Path, batch_size: int, steps: int, max_length: int) -> None:
-    """One demo; keeps its results and its picture."""
+    """Runs one demo, and keeps its results and its picture."""
     name = f"{file.name.split('.')[0]}-batch-{batch_size}"
     output = RESULTS / name
     options = {"model": model, "data": file, "batch-size": batch_size, "steps": steps, "max-length": max_length}
@@ -65,7 +65,7 @@ def run(model: str, file: Path, batch_size: int, steps: int, max_length: int) ->
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """A row per run."""
+    """Returns a table with a row per run."""
     columns = (
         "data",
         "batch",
@@ -93,29 +93,29 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def page(results: dict[str, dict[str, Any]]) -> str:
-    """The whole page: settings, table, losses step by step, pictures."""
+    """Returns the whole page: settings, table, losses step by step, pictures."""
     first = next(iter(results.values()))["settings"]
     versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "transformers", "accelerate"))
     parts = [
         "# Real input\n",
         f"SmolLM2-135M-Instruct fine-tuned in float32 on {first['threads']} CPU threads, {first['steps']} steps, "
-        f"examples cut at {first['max_length']} tokens, all tokens trained on; the same batches padded (right padding, "
-        f"mask, unpatched model) and padding-free. {versions}.\n",
+        f"examples cut at {first['max_length']} tokens, all tokens trained on. The same batches run padded (right "
+        f"padding, mask, unpatched model) and padding-free. {versions}.\n",
         f"Made by benchmarks/real_input.py, with the model from benchmarks/get_smollm2.py:\n\n"
         f"```bash\n{COMMAND}\n```\n",
-        "Real tokens per second: padding is never counted; the first step, which warms up, is left out. Memory: what "
-        "the process grows by over the loaded model. The losses of both runs are equal to 1e-4 at every step, or the "
-        "run fails. `crowded`: other programs used the CPU meanwhile, so that the speeds are not reliable.\n",
+        "Real tokens per second never count padding, and leave out the first step, which warms up. Memory is what the "
+        "process grows by after the model is loaded. The run fails unless the losses of both runs are equal to 1e-4 at "
+        "every step. `crowded` means that other programs used the CPU meanwhile, so the speeds are not reliable.\n",
         table(results) + "\n",
     ]
     for name, result in results.items():
         padded, free = result["padded"], result["padding_free"]
         parts.append(f"## {name}\n\n![losses, speed, memory and padding](real-input/{name}.png)\n")
         parts.append(
-            f"Leak probe before apply: B's logits move by {padded['probe']['logit_change']:.3g} when A changes, first "
-            f"in `{padded['probe']['first_leak']}`; after: {free['probe']['logit_change']:.3g}, packed against alone "
-            f"{free['probe']['alone_error']:.2g}. Peak memory {padded['peak_bytes'] / 2**30:.2f} and "
-            f"{free['peak_bytes'] / 2**30:.2f} GiB.\n"
+            f"Before apply, B's logits move by {padded['probe']['logit_change']:.3g} when A changes, first in "
+            f"`{padded['probe']['first_leak']}`; afterwards by {free['probe']['logit_change']:.3g}, and packed logits "
+            f"differ from each example's alone by {free['probe']['alone_error']:.2g}. Peak memory "
+            f"{padded['peak_bytes'] / 2**30:.2f} and {free['peak_bytes'] / 2**30:.2f} GiB.\n"
         )
         rows = zip(padded["losses"], free["losses"], padded["real_tokens"], padded["row_tokens"])
         lines = [
@@ -128,7 +128,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
 
 
 def between(text: str, mark: str, content: str) -> str:
-    """`text` with what stands between the two comments of `mark` replaced."""
+    """Returns `text` with what stands between the two comments of `mark` replaced."""
     begin, end = text.index(f"<!-- {mark}:begin"), text.index(f"<!-- {mark}:end")
     return f"{text[: text.index('-->', begin) + 3]}\n{content}\n{text[end:]}"
 

@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def page() -> str:
-    """The text with the tables and figures in their places."""
+    """Returns the text with the tables and figures in their places."""
     names = ("step", "memory", "attention", "scaling", "convergence", "overhead", "packing")
     step, memory, attention, scaling, convergence, overhead, packing = (
         json.loads((RESULTS / f"{name}.json").read_text()) for name in names
@@ -102,7 +102,7 @@ def step_table(ratios: list[dict[str, Any]]) -> str:
 
 
 def bound(step: dict[str, Any], model: str) -> float:
-    """Of the ceiling, at batch 8 on flan_style, if attention took as long per score as the ceiling's."""
+    """Returns the share of the ceiling's speed, at batch 8 on flan_style, if attention cost the same per score."""
     (ratios,) = (
         each
         for each in step["ratios"]
@@ -205,7 +205,7 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def spread(each: dict[str, float] | None) -> str:
-    """Median, smallest and largest."""
+    """Writes median, smallest and largest."""
     return f"{each['median']:.2f} ({each['min']:.2f}-{each['max']:.2f})" if each else "-"
 
 

@@ -55,7 +55,7 @@ def main(length: int, rounds: int, most_native: int, most: int) -> None:
 
 
 def fit(rows: list[dict[str, Any]], kind: str) -> dict[str, float]:
-    """Least squares of seconds = fixed + per_token * tokens, how well it fits, and the exponent of a power law."""
+    """Fits seconds = fixed + per_token * tokens; returns also how well it fits, and the exponent of a power law."""
     tokens, seconds = np.array([(row["tokens"], row["medians"][kind]) for row in rows]).T
     per_token, fixed = np.polyfit(tokens, seconds, 1)
     left = seconds - (fixed + per_token * tokens)
@@ -65,7 +65,7 @@ def fit(rows: list[dict[str, Any]], kind: str) -> dict[str, float]:
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:
-    """Seconds and seconds per token, both axes logarithmic."""
+    """Draws seconds and seconds per token, both axes logarithmic."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     whole, each = figure.subplots(1, 2)
     for kind in ("ceiling", "packed", "native"):

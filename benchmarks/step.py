@@ -87,7 +87,7 @@ def main(
 
 
 def one_round(model: Any, examples: list[torch.Tensor], order: tuple[str, ...], most_padded: int) -> dict[str, Any]:
-    """Seconds of every kind on one batch; None for a padded batch that memory can't hold."""
+    """Returns the seconds of every kind on one batch; None for a padded batch that memory can't hold."""
     batches = fold(model, examples)
     padded_tokens = batches["padded"]["input_ids"].numel()
     seconds: dict[str, float | None] = {}
@@ -105,7 +105,7 @@ def one_round(model: Any, examples: list[torch.Tensor], order: tuple[str, ...], 
 
 
 def ratios_of(run: dict[str, Any]) -> dict[str, Any]:
-    """What the rounds of a run say, by the names of the bars."""
+    """Returns the ratios of a run's rounds, by the names of the bars."""
     rounds = run["rounds"]
     result = {key: run[key] for key in ("model", "data", "batch_size")}
     result["packed_over_ceiling"] = median_of(
@@ -133,7 +133,7 @@ def ratios_of(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def profile(model: Any, examples: list[torch.Tensor]) -> dict[str, float]:
-    """Share of a packed step's operator time per part of the model."""
+    """Returns the share of a packed step's operator time per part of the model."""
     batch = fold(model, examples)["packed"]
     vocabulary = model.config.vocab_size
     with applied(model, verify=False):
@@ -150,7 +150,7 @@ def profile(model: Any, examples: list[torch.Tensor]) -> dict[str, float]:
 
 
 def part_of(event: FunctionEvent, vocabulary: int) -> str:
-    """attention, linear layers, head and loss, or the rest."""
+    """Returns attention, linear layers, head and loss, or the rest."""
     family = [event]
     while family[-1].cpu_parent is not None:
         family.append(family[-1].cpu_parent)
@@ -165,7 +165,7 @@ def part_of(event: FunctionEvent, vocabulary: int) -> str:
 
 
 def picture(ratios: list[dict[str, Any]]) -> Figure:
-    """Real tokens per second of every kind, a panel per model and data set."""
+    """Draws real tokens per second of every kind, a panel per model and data set."""
     panels = list(dict.fromkeys((each["model"], each["data"]) for each in ratios))
     figure = Figure(figsize=(3.2 * len(panels), 3.4), layout="constrained")
     for axes, (model, data) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):

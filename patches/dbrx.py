@@ -5,8 +5,7 @@ Needs nothing of its own: the clipping comes before the kernel call, which is al
 Read against models/dbrx/modeling_dbrx.py of transformers 4.40.2, 4.41.2, 4.47.1, 4.57.6 and 5.23.0.
 """
 
-from padfree_patch import versions
-from padfree_patch.registry import Patch
+from padfree_patch import Patch, versions
 
 _FFN = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}
 if versions.transformers(">=5"):

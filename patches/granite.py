@@ -5,7 +5,7 @@ Needs nothing of its own.
 Read against models/granite/modeling_granite.py of transformers 4.45.2, 4.47.1, 4.57.6 and 5.23.0.
 """
 
-from padfree_patch.registry import Patch
+from padfree_patch import Patch
 
 PATCH = Patch(
     model_type="granite",

@@ -6,7 +6,7 @@ it (4.38 and later) and never shrinks again; `padfree_patch.rope` gives every se
 Read against models/llama/modeling_llama.py of transformers 4.34.1, 4.36.2, 4.41.2, 4.43.4, 4.47.1, 4.57.6 and 5.23.0.
 """
 
-from padfree_patch.registry import Patch
+from padfree_patch import Patch
 
 PATCH = Patch(
     model_type="llama",

@@ -7,7 +7,7 @@ Read against models/mistral/modeling_mistral.py of transformers 4.34.1, 4.36.2, 
 5.23.0.
 """
 
-from padfree_patch.registry import Patch
+from padfree_patch import Patch
 
 PATCH = Patch(
     model_type="mistral",

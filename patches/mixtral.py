@@ -7,7 +7,7 @@ once does depend on the neighbours, so B's logits move by rounding when A change
 Read against models/mixtral/modeling_mixtral.py of transformers 4.36.2, 4.41.2, 4.47.1, 4.57.6 and 5.23.0.
 """
 
-from padfree_patch.registry import Patch
+from padfree_patch import Patch
 
 PATCH = Patch(
     model_type="mixtral",

@@ -5,7 +5,7 @@ Needs nothing of its own: the clipping comes before the kernel call, which is al
 Read against models/olmo/modeling_olmo.py of transformers 4.40.2, 4.41.2, 4.47.1, 4.57.6 and 5.23.0.
 """
 
-from padfree_patch.registry import Patch
+from padfree_patch import Patch
 
 PATCH = Patch(
     model_type="olmo",

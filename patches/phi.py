@@ -5,7 +5,7 @@ Needs nothing of its own. The sdpa class exists since 4.39.
 Read against models/phi/modeling_phi.py of transformers 4.36.2, 4.41.2, 4.47.1, 4.57.6 and 5.23.0.
 """
 
-from padfree_patch.registry import Patch
+from padfree_patch import Patch
 
 PATCH = Patch(
     model_type="phi",

@@ -7,7 +7,7 @@ Read against models/phi3/modeling_phi3.py of transformers 4.41.2, 4.43.4, 4.47.1
 
 from typing import Any
 
-from padfree_patch.registry import Patch
+from padfree_patch import Patch
 
 
 def _two_ropes(kind: str) -> dict[str, Any]:

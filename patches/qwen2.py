@@ -6,7 +6,7 @@ Needs nothing of its own. Which layers are windowed depends on the version (`max
 Read against models/qwen2/modeling_qwen2.py of transformers 4.41.2, 4.43.4, 4.47.1, 4.57.6 and 5.23.0.
 """
 
-from padfree_patch.registry import Patch
+from padfree_patch import Patch
 
 PATCH = Patch(
     model_type="qwen2",

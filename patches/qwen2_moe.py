@@ -5,7 +5,7 @@ Needs nothing of its own; on what experts do to rounding see `verification.round
 Read against models/qwen2_moe/modeling_qwen2_moe.py of transformers 4.40.2, 4.41.2, 4.47.1, 4.57.6 and 5.23.0.
 """
 
-from padfree_patch.registry import Patch
+from padfree_patch import Patch
 
 PATCH = Patch(
     model_type="qwen2_moe",

@@ -5,7 +5,7 @@ Needs nothing of its own. The sdpa class exists since 4.39.
 Read against models/stablelm/modeling_stablelm.py of transformers 4.38.2, 4.41.2, 4.47.1, 4.57.6 and 5.23.0.
 """
 
-from padfree_patch.registry import Patch
+from padfree_patch import Patch
 
 PATCH = Patch(
     model_type="stablelm",

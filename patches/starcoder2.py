@@ -5,7 +5,7 @@ Needs nothing of its own. Gradient checkpointing is silently not applied by upst
 Read against models/starcoder2/modeling_starcoder2.py of transformers 4.39.3, 4.41.2, 4.47.1, 4.57.6 and 5.23.0.
 """
 
-from padfree_patch.registry import Patch
+from padfree_patch import Patch
 
 PATCH = Patch(
     model_type="starcoder2",

@@ -30,7 +30,7 @@ Cells = dict[str, dict[str, dict[str, dict[str, str]]]]
 
 
 def verdicts() -> dict[str, dict[str, dict[str, str]]]:
-    """model type -> implementation -> variant -> verdict."""
+    """Returns model type -> implementation -> variant -> verdict."""
     return {
         patch.model_type: {
             implementation: {
@@ -132,7 +132,7 @@ def by_release(version: str) -> tuple[int, ...]:
 
 
 def summary(variants: dict[str, str]) -> str:
-    """The worst of the verdicts; a variant that upstream can't build or run does not count against the others."""
+    """Returns the worst verdict; a variant that upstream can't build or run does not count against the others."""
     words = {said.split(":")[0] for said in variants.values()}
     return next(
         (word for word in ("wrong", "refused", "exact", "native-exact", "upstream fails") if word in words), "absent"
@@ -140,7 +140,7 @@ def summary(variants: dict[str, str]) -> str:
 
 
 def page(found: Cells) -> str:
-    """docs/support.md."""
+    """Returns the text of docs/support.md."""
     model_types = sorted({model_type for row in found.values() for model_type in row})
     cells = [
         (version, model_type, implementation, variant, said)
@@ -153,22 +153,22 @@ def page(found: Cells) -> str:
     lines = [
         "# Support",
         "",
-        "Made by `nox -s matrix`; machine-readable: [support.json](support.json). A cell is an architecture in one of "
-        "its configurations, loaded with one attention implementation, on the last patch release of a transformers "
-        "minor. In each, all checks of `padfree_patch.testing` run: logits, loss and gradients against each example "
-        "alone, isolation bit for bit, several rows, two forwards before one backward with both kinds of "
-        "checkpointing, device syncs, the largest tensor, router losses of mixtures of experts, and ordinary calls, "
-        "which must be bit-identical.",
+        "`nox -s matrix` makes this page, and [support.json](support.json) for programs. A cell is an architecture in"
+        " one of its configurations, loaded with one attention implementation, on the last patch release of a "
+        "transformers minor. In each cell, all checks of `padfree_patch.testing` run: logits, loss and gradients "
+        "against each example alone, isolation bit for bit, several rows, two forwards before one backward with both "
+        "kinds of checkpointing, device syncs, the largest tensor, router losses of mixtures of experts, and ordinary"
+        " calls, which must be bit-identical.",
         "",
         "- **exact**: all checks pass on the patched model, not all on the unpatched one.",
         "- **native-exact**: the unpatched model passes them too.",
-        "- **upstream fails**: transformers itself can't run the model, unpatched. The list below says why, and where "
-        "it fails in one of the checks only.",
-        "- **refused**: `apply` refuses it, with the reason. **wrong**: a check fails.",
+        "- **upstream fails**: transformers itself cannot run the unpatched model. The list below says why, and where "
+        "upstream fails in one of the checks only.",
+        "- **refused**: `apply` refuses the model, with the reason. **wrong**: a check fails.",
         "- empty: transformers has no such model in that version or with that implementation.",
         "",
         "flash_attention_2 ran on the CPU: transformers' own code around a stand-in for the flash-attn package, which "
-        "computes in plain PyTorch (`tests/stand_ins`). The real package: `nox -s flash_attn`.",
+        "computes in plain PyTorch (`tests/stand_ins`). `nox -s flash_attn` runs the real package.",
         "",
         f"{len(cells) - counts['absent']} cells on {len(found)} versions: "
         + ", ".join(

@@ -1,4 +1,6 @@
-"""Writes docs/training-results.md from what the tests measured: run `make test`, and each session it should tell of.
+"""Writes docs/training-results.md from what the tests measured.
+
+Run `make test` before, and every session that the page should cover.
 
 python tests/training_results.py
 """
@@ -14,16 +16,21 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "training-results.md"
 COMMANDS = {"tests": "make test", "trl": "nox -s trl", "deepspeed": "nox -s deepspeed"}
-"""By the session whose report it is in, nox -s in .venv/bin."""
+"""Session whose report holds a figure -> the command that runs it; nox is in .venv/bin."""
 
 HEAD = """# Training, measured
 
-How close each padding-free run came to its oracle: the same examples padded (trainers), in one process (several
-processes), or each alone (adapters). The largest difference found in any version. Loss: absolute, as logged by trainers
-with four digits. Weights: norm of the difference over the way that the parameter went, the largest of all parameters.
-Gradients: norm of the difference over that of the gradient. Tiny models with uneven examples, float32 unless said; the
-tests bound every figure, and controls (naive packing, adapters without the patch) show that they would notice mixing.
-Written by `python tests/training_results.py` from the reports that the commands in the last column leave.
+How close each padding-free run came to its oracle. The oracle of trainers is the same examples padded, of several
+processes the same run in one process, of adapters each example alone. A figure is the largest difference of all
+versions:
+
+- **Loss**: the absolute difference; trainers log four digits.
+- **Weights**: norm of the difference over the norm of what training changed, the largest of all parameters.
+- **Gradients**: norm of the difference over the norm of the gradient.
+
+Models are tiny, examples uneven, the dtype float32 unless another is named. The tests bound every figure; controls
+(naive packing, adapters without the patch) show that the tests would notice mixing. `python tests/training_results.py`
+writes this page from the reports that the commands in the last column leave.
 
 | what | transformers | beside | steps | loss | weights | gradients | command |
 |---|---|---|---|---|---|---|---|
@@ -37,7 +44,7 @@ def main() -> None:
 
 
 def measurements() -> list[dict[str, object]]:
-    """All that pytest's reports hold, each with its session."""
+    """Reads all figures from pytest's reports, each with its session."""
     found = []
     for path in sorted((ROOT / ".nox").glob("*/junit*.xml")):
         session = path.parent.name.split("-")[0]
