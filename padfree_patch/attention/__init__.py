@@ -29,7 +29,7 @@ def check_name(name: str) -> None:
     if name in names():
         return
     here = Needs(device="cuda" if torch.cuda.is_available() else "cpu", dtype=torch.get_default_dtype(), head_dim=64)
-    raise PadfreeError(f"unknown backend {name!r}; choose auto or one of these ({here}):\n{_listed(here)}")
+    raise PadfreeError(f"unknown backend {name!r}; choose auto or one of these ({here}):\n{_list_reasons(here)}")
 
 
 @functools.lru_cache(maxsize=64)
@@ -43,8 +43,8 @@ def select(needs: Needs, name: str = "auto") -> Backend:
         if name in ("auto", backend.NAME) and backend.refusal(needs) is None:
             return backend
     wanted = "no attention backend for" if name == "auto" else f"backend {name!r} can't serve"
-    raise PadfreeError(f"{wanted} {needs}:\n{_listed(needs)}")
+    raise PadfreeError(f"{wanted} {needs}:\n{_list_reasons(needs)}")
 
 
-def _listed(needs: Needs) -> str:
+def _list_reasons(needs: Needs) -> str:
     return "\n".join(f"  {backend.NAME}: {backend.refusal(needs) or 'works'}" for backend in BACKENDS)

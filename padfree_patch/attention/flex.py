@@ -72,7 +72,7 @@ def attend(
         q,
         k,
         v,
-        score_mod=_capped(softcap) if softcap else None,
+        score_mod=_cap_of_scores(softcap) if softcap else None,
         block_mask=block_mask(sequences, window),
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
@@ -117,7 +117,7 @@ def _block_mask(cu_seqlens: Tensor, total: int, window: int) -> BlockMask:
 
 
 @functools.cache
-def _capped(softcap: float) -> Callable[..., Tensor]:
+def _cap_of_scores(softcap: float) -> Callable[..., Tensor]:
     """Makes the function that caps scores. The cache gives the compiled kernel the same one on every call."""
 
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..registry import pretrained_modules, registry
 from .probe import LENGTHS, TOLERANCE_EPS, Probe, largest
 from .result import Verification
-from .untouched import untouched, unwrapped, why_not
+from .untouched import untouched, unwrapped, why_it_cannot_run
 
 __all__ = ["LENGTHS", "Verification", "rounding_of_neighbours", "run_packed", "verify"]
 
@@ -37,13 +37,13 @@ def verify(model: nn.Module) -> Verification:
     """
     models = pretrained_modules(model)
     name = type(models[0] if models else model).__name__
-    if reason := why_not(model):
+    if reason := why_it_cannot_run(model):
         return Verification(model=name, skipped=reason)
     with untouched(model), torch.inference_mode(False), torch.enable_grad():
-        return _measured(name, model, Probe(unwrapped(model)))
+        return _measure(name, model, Probe(unwrapped(model)))
 
 
-def _measured(name: str, model: nn.Module, probe: Probe) -> Verification:
+def _measure(name: str, model: nn.Module, probe: Probe) -> Verification:
     change, gradient = probe.logit_change(), probe.leaked_gradient()
     refused = _why_alone_is_refused(model)
     error, tolerance = (math.nan, math.nan) if refused else probe.alone_error()

@@ -26,14 +26,14 @@ def first_leak(
 
     `run` makes a packed forward of an A (1, tokens, D) and B. None if no module's output tells the two runs apart.
     """
-    one, other = (_recorded(model, run, a, tokens_of_b) for a in (some_a, other_a))
+    one, other = (_record(model, run, a, tokens_of_b) for a in (some_a, other_a))
     for seen, again in zip(one, other):
         if _same(seen.inputs, again.inputs) and not _same(seen.outputs, again.outputs):
             return seen.name
     return None
 
 
-def _recorded(model: nn.Module, run: Callable[[Tensor], object], a: Tensor, tokens_of_b: int) -> list[_Seen]:
+def _record(model: nn.Module, run: Callable[[Tensor], object], a: Tensor, tokens_of_b: int) -> list[_Seen]:
     """Runs A and B, and gives what every module below the model got and gave, in the order in which they returned."""
     seen: list[_Seen] = []
     at_b = functools.partial(_tensors_at_b, tokens=a.shape[1] + tokens_of_b, first=a.shape[1])

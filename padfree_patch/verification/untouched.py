@@ -22,7 +22,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def why_not(model: nn.Module) -> str | None:
+def why_it_cannot_run(model: nn.Module) -> str | None:
     """Says why no probe can run the model; None if one can."""
     if not pretrained_modules(model):
         return "no transformers model inside"
