@@ -22,8 +22,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from padfree_patch import PackedSequences, attention, kernel_call
+from padfree_patch import PackedSequences, attention
 from padfree_patch.attention import cpu
+from padfree_patch.attention.per_sequence import split_by_sequence
+from padfree_patch.seams.key_bias import with_key_bias
 
 LENGTH_SETS: dict[str, Callable[[torch.Generator], list[int]]] = {
     "flan": lambda g: torch.exp(torch.randn(64, generator=g) + 4.5).clamp(8, 2048).long().tolist(),
@@ -51,7 +53,7 @@ class OperatorPerSequence(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float) -> Tensor:
         operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
-        for q_, k_, v_, out_, lse_ in cpu._pieces(tuple(lengths), q, k, v, out, lse):
+        for q_, k_, v_, out_, lse_ in split_by_sequence(tuple(lengths), q, k, v, out, lse):
             result, its_lse = operator(q_, k_, v_, 0.0, True, scale=scale)
             out_.copy_(result)
             lse_.copy_(its_lse)
@@ -61,13 +63,13 @@ class OperatorPerSequence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
         q, k, v, out, lse = ctx.saved_tensors
         lengths, scale = ctx.options
         gradients = [torch.empty_like(x) for x in (q, k, v)]
-        for *needed, of_q, of_k, of_v in cpu._pieces(tuple(lengths), of_out, q, k, v, out, lse, *gradients):
-            for to, gradient in zip((of_q, of_k, of_v), operator(*needed, 0.0, True, scale=scale)):
+        for *needed, dq, dk, dv in split_by_sequence(tuple(lengths), dout, q, k, v, out, lse, *gradients):
+            for to, gradient in zip((dq, dk, dv), operator(*needed, 0.0, True, scale=scale)):
                 to.copy_(gradient)
         return *gradients, None, None
 
@@ -117,17 +119,15 @@ def inputs(dtype: str, shape: str, lengths: list[int], generator: torch.Generato
     heads, key_heads, head_dim = map(int, shape.split("/"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = [(sum(lengths), count, head_dim) for count in (heads, key_heads, key_heads, heads)]
-    *qkv, of_out = (torch.randn(each, generator=generator).to(device, DTYPES[dtype]) for each in shapes)
-    return [x.requires_grad_() for x in qkv], of_out
+    *qkv, dout = (torch.randn(each, generator=generator).to(device, DTYPES[dtype]) for each in shapes)
+    return [x.requires_grad_() for x in qkv], dout
 
 
-def timed(
-    attend: Callable[..., Tensor], qkv: list[Tensor], of_out: Tensor, lengths: list[int], **options: Any
-) -> float:
-    sequences = PackedSequences.from_lengths(lengths, device=of_out.device)
+def timed(attend: Callable[..., Tensor], qkv: list[Tensor], dout: Tensor, lengths: list[int], **options: Any) -> float:
+    sequences = PackedSequences.from_lengths(lengths, device=dout.device)
     start = time.perf_counter()
-    attend(*qkv, sequences, scale=qkv[0].shape[-1] ** -0.5).backward(of_out)
-    if of_out.is_cuda:
+    attend(*qkv, sequences, scale=qkv[0].shape[-1] ** -0.5).backward(dout)
+    if dout.is_cuda:
         torch.cuda.synchronize()
     taken = time.perf_counter() - start
     for x in qkv:
@@ -142,9 +142,9 @@ def speed(dtype: str, shape: str, set_name: str, rounds: int) -> dict[str, Any]:
     for number in range(rounds + 1):
         generator = torch.Generator().manual_seed(number)
         lengths = LENGTH_SETS[set_name](generator)
-        qkv, of_out = inputs(dtype, shape, lengths, generator)
+        qkv, dout = inputs(dtype, shape, lengths, generator)
         for name, attend in ways.items():
-            taken = timed(attend, qkv, of_out, lengths)
+            taken = timed(attend, qkv, dout, lengths)
             if number:  # the first round warms up
                 seconds[name].append(taken)
     base = next(iter(seconds.values()))
@@ -162,12 +162,12 @@ def speed(dtype: str, shape: str, set_name: str, rounds: int) -> dict[str, Any]:
 def error(dtype: str, name: str, attend: Callable[..., Tensor]) -> dict[str, Any]:
     """Measures the errors of output and worst gradient, on lengths on both sides of every change of method."""
     lengths = [1, 64, 129, 192, 193, 300, 768, 2049]
-    qkv, of_out = inputs(dtype, "9/3/64", lengths, torch.Generator().manual_seed(0))
-    output = attend(*qkv, PackedSequences.from_lengths(lengths, device=of_out.device), scale=0.125)
-    found = [output, *torch.autograd.grad(output, qkv, of_out)]
+    qkv, dout = inputs(dtype, "9/3/64", lengths, torch.Generator().manual_seed(0))
+    output = attend(*qkv, PackedSequences.from_lengths(lengths, device=dout.device), scale=0.125)
+    found = [output, *torch.autograd.grad(output, qkv, dout)]
     exact = [x.detach().double().requires_grad_() for x in qkv]
     expected = torch.cat([in_float64(*each) for each in zip(*(x.split(lengths) for x in exact))])
-    wanted = [expected, *torch.autograd.grad(expected, exact, of_out.double())]
+    wanted = [expected, *torch.autograd.grad(expected, exact, dout.double())]
     worst = [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted)]
     return {"dtype": dtype, "name": name, "output": worst[0], "gradients": max(worst[1:])}
 
@@ -186,9 +186,9 @@ def cost_of(dtype: str, name: str, rounds: int) -> dict[str, Any]:
     for number in range(rounds):
         generator = torch.Generator().manual_seed(number)
         lengths = LENGTH_SETS["flan"](generator)
-        qkv, of_out = inputs(dtype, "9/3/64", lengths, generator)
-        plain = timed(attention.sdpa.attend, qkv, of_out, lengths)
-        ratios.append(timed(OPTIONS[name], qkv, of_out, lengths) / plain)
+        qkv, dout = inputs(dtype, "9/3/64", lengths, generator)
+        plain = timed(attention.sdpa.attend, qkv, dout, lengths)
+        ratios.append(timed(OPTIONS[name], qkv, dout, lengths) / plain)
     return {"dtype": dtype, "option": name, "ratio": statistics.median(ratios)}
 
 
@@ -196,7 +196,7 @@ def with_alibi(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, *, s
     """Adds a bias on keys as patched models do: one more channel of q and k, and no keys shared between heads."""
     slopes = 2.0 ** -torch.arange(1, q.shape[1] + 1, dtype=q.dtype, device=q.device)
     bias = slopes[:, None] * sequences.position_ids().to(q.device, q.dtype)  # (H, T)
-    rows = kernel_call._with_key_bias(*(x.transpose(0, 1)[None] for x in (q, k, v)), bias)
+    rows = with_key_bias(*(x.transpose(0, 1)[None] for x in (q, k, v)), bias)
     output = attention.sdpa.attend(*(x[0].transpose(0, 1) for x in rows), sequences, scale=scale)
     return output[..., : q.shape[-1]]
 

@@ -6,4 +6,4 @@ class PadfreeError(ValueError):
 
 
 class LeakError(PadfreeError):
-    """`apply` checked its own work, found that examples still mix, and has put the model back as it was."""
+    """The examples of a packed row mix, or give something else than alone, as `verify` has measured."""

@@ -14,7 +14,7 @@ def is_transformers_model(module: nn.Module) -> bool:
 
 
 def pretrained_modules(model: nn.Module) -> list[nn.Module]:
-    """Returns the transformers models inside a module, outermost first; looks through PEFT, DDP, FSDP, compiled ones."""
+    """Returns the transformers models in a module, outermost first; looks through PEFT, DDP, FSDP, torch.compile."""
     return [module for module in model.modules() if is_transformers_model(module)]
 
 

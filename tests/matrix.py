@@ -18,7 +18,8 @@ from typing import Any
 import flash_attention_here
 import torch
 
-from padfree_patch import PadfreeError, patching, support, versions
+from padfree_patch import PadfreeError, patching, versions
+from padfree_patch.patching import support
 from padfree_patch.registry import Patch, registry
 from padfree_patch.testing import CHECKS, Unavailable, UpstreamFails, conformance, tiny_model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_attention import LENGTHS, LONG, errors, random_qkv, reference
+from attention_reference import LENGTHS, LONG, errors, random_qkv, reference
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import flex_attention as torch_flex
 
@@ -30,7 +31,7 @@ def selecting_anew():
 
 
 def with_signature(parameters, calls):
-    """A function that takes just these parameters, computes what they say in float64, and notes them in `calls`."""
+    """Makes a function of only these parameters; it computes attention in float64 and adds each call to `calls`."""
     kinds = inspect.Parameter
     signature = inspect.Signature(
         [
@@ -58,7 +59,7 @@ def with_signature(parameters, calls):
 
 @pytest.fixture(params=SIGNATURES)
 def package(request, monkeypatch):
-    """The backend of one real package, which takes the arguments that this version takes; and its calls."""
+    """Gives a backend, the version of its package whose signature it finds, and a list of the calls to that."""
     name, version = request.param.split(" of flash-attn ")
     calls = []
     function = with_signature(SIGNATURES[request.param], calls)
@@ -72,7 +73,7 @@ def package(request, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 4}, {"softcap": 3.0}, {"window": 4, "softcap": 3.0}], ids=str)
-def test_every_version_is_called_as_it_wants_or_refused(package, options):
+def test_every_version_of_a_package_gets_arguments_it_takes_or_is_refused(package, options):
     backend, version, calls = package
     sequences = PackedSequences.from_lengths(LENGTHS)
     reason = backend.refusal(Needs("cuda", torch.bfloat16, 8, **options))
@@ -112,7 +113,7 @@ def test_the_stub_of_a_signature_refuses_what_is_not_in_it():
         (flex, Needs("cuda", torch.float64, 64), "no kernel for float64"),
     ],
 )
-def test_backends_say_what_they_cannot(backend, needs, reason):
+def test_backends_refuse_with_the_reason(backend, needs, reason):
     assert reason in backend.refusal(needs)
 
 
@@ -142,9 +143,9 @@ def test_old_gpus_are_refused(monkeypatch):
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("key_heads", [2, 6])
 def test_torch_varlen_is_called_as_the_real_function_says(monkeypatch, window, key_heads):
-    """Up to its operator, for which there is no CPU kernel: the operator's arguments are what the kernel gets."""
+    """Runs torch's function up to its operator, which has no CPU kernel, and looks at what the kernel would get."""
     calls = []
-    torch_varlen._varlen_attn()  # whose module registers the operator
+    importlib.import_module("torch.nn.attention.varlen")  # registers the operator
     names = [argument.name for argument in torch.ops.torch_attn._varlen_attn.default._schema.arguments]
     sequences = PackedSequences.from_lengths(LENGTHS)
     qkv = random_qkv(key_heads=key_heads)
@@ -170,9 +171,9 @@ def test_torch_varlen_is_called_as_the_real_function_says(monkeypatch, window, k
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """FlexAttention as torch computes it without a compiler, densely; so its backward runs on the CPU as well."""
+    """Lets torch compute FlexAttention without a compiler, on all scores; so its backward runs on the CPU as well."""
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
-    monkeypatch.setattr(flex, "_flex_attention", lambda: torch_flex.flex_attention)
+    monkeypatch.setattr(flex, "compiled_flex_attention", lambda: torch_flex.flex_attention)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
@@ -186,7 +187,7 @@ def test_flex_equals_float64(uncompiled, options, key_heads):
 
 @pytest.mark.parametrize("window", [0, 1, 100, 128, 129, 500])
 @pytest.mark.parametrize("lengths", [LENGTHS, LONG, (128, 256), (1,)], ids=len)
-def test_flex_visits_just_the_blocks_in_which_something_is_seen(window, lengths):
+def test_flex_visits_only_the_blocks_in_which_something_is_seen(window, lengths):
     sequences = PackedSequences.from_lengths(lengths)
     mask = flex.block_mask(sequences, window)
     tokens = torch.arange(sequences.total)
@@ -212,11 +213,11 @@ def test_flex_makes_its_mask_once_without_a_sync_or_a_tensor_of_tokens_squared()
     assert flex.block_mask(sequences, 100) is not first
 
 
-def test_flex_is_not_compiled_anew_for_every_batch(uncompiled, monkeypatch):
-    """torch gives up after eight graphs, and would then compute T x T scores."""
+def test_flex_is_not_compiled_again_for_every_batch(uncompiled, monkeypatch):
+    """After eight graphs torch stops compiling, and would then compute T x T scores."""
     counter = CompileCounter()
     compiled = torch.compile(torch_flex.flex_attention, dynamic=True, backend=counter)
-    monkeypatch.setattr(flex, "_flex_attention", lambda: compiled)
+    monkeypatch.setattr(flex, "compiled_flex_attention", lambda: compiled)
     graphs = []
     for lengths in [(5, 1, 130), (300, 64), (7, 7, 500, 90), (1000,), (129,)]:
         qkv = random_qkv(4, 2, 16, lengths=lengths)

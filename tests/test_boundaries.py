@@ -5,15 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from padfree_patch import PackedSequences, PadfreeError, boundaries
+from padfree_patch import PackedSequences, PadfreeError
+from padfree_patch.batch import packed_batch
+from padfree_patch.batch.packed_batch import batch_at_layer, read_batch
 from padfree_patch.testing import SyncCounter, examples, pack
 
 
 def read(positions, mask=None, **lengths):
     shape = tuple(positions.shape) if positions is not None else (1, 6)
-    return boundaries.read_batch(
-        shape, torch.device("cpu"), position_ids=positions, attention_mask=mask, lengths=lengths
-    )
+    return read_batch(shape, torch.device("cpu"), position_ids=positions, attention_mask=mask, lengths=lengths)
+
+
+def found_at_layer(boundaries, tokens=6):
+    return batch_at_layer(boundaries, (1, tokens), torch.device("cpu"))
 
 
 def positions_of(*lengths):
@@ -23,22 +27,23 @@ def positions_of(*lengths):
 def test_layers_find_the_batch_without_a_sync_through_detached_copies():
     batch = read(positions_of(2, 4))
     with SyncCounter() as syncs:
-        for seen in (batch.position_ids, batch.position_ids.detach(), batch.position_ids.view(1, -1)):
-            assert boundaries.batch_at_layer(seen) is batch
+        for seen in (batch.boundaries, batch.boundaries.detach(), batch.boundaries[None][0]):
+            assert found_at_layer(seen) is batch
     assert syncs.total == 0
 
 
-def test_miss_costs_a_sync_and_not_the_result():
-    copy = read(positions_of(2, 4)).position_ids.clone()
-    with SyncCounter() as syncs:
-        assert boundaries.batch_at_layer(copy).sequences.lengths == (2, 4)
-    assert syncs.total == 1
+def test_layer_reads_a_batch_that_is_not_found_from_its_boundaries():
+    batch = read(positions_of(2, 4))
+    found = found_at_layer(batch.boundaries.clone())
+    assert found is not batch
+    assert found.sequences == batch.sequences
+    assert torch.equal(found.position_ids, batch.position_ids)
 
 
 def test_batches_of_one_shape_are_kept_apart():
     first, second = read(positions_of(2, 4)), read(positions_of(3, 3))
-    assert boundaries.batch_at_layer(first.position_ids).sequences.lengths == (2, 4)
-    assert boundaries.batch_at_layer(second.position_ids).sequences.lengths == (3, 3)
+    assert found_at_layer(first.boundaries).sequences.lengths == (2, 4)
+    assert found_at_layer(second.boundaries).sequences.lengths == (3, 3)
 
 
 def test_changing_the_callers_tensor_in_place_is_noticed():
@@ -61,10 +66,10 @@ def test_memory_of_a_freed_tensor_is_not_mistaken():
 def test_cache_is_bounded():
     for _ in range(100):
         read(positions_of(2, 4))
-    assert len(boundaries._cache._known) <= 32
+    assert len(packed_batch.known_batches) <= 32
 
 
-def test_mask_belongs_to_the_verdict():
+def test_same_positions_are_read_anew_with_another_mask():
     positions = torch.tensor([[1, 1, 0, 1, 2, 3]])
     assert read(positions, torch.tensor([[0, 0, 1, 1, 1, 1]])) is None
     assert read(positions).sequences.lengths == (1, 1, 4)
@@ -92,7 +97,7 @@ def test_lengths_that_make_every_row_one_sequence_are_ordinary():
 )
 def test_boundaries_of_padding_survive_a_miss(positions, mask):
     batch = read(torch.tensor([positions]), torch.tensor([mask]))
-    again = boundaries.batch_at_layer(batch.position_ids.clone())
+    again = found_at_layer(batch.boundaries.clone(), len(positions))
     assert again.sequences == batch.sequences
 
 

@@ -59,8 +59,8 @@ def test_different_trainings_are_a_problem(finished):
     other = dataclasses.replace(free, losses=[free.losses[0], free.losses[1] + 1e-3, free.losses[2]])
     (problem,) = results.Comparison({}, padded, other).problems()
     assert "losses differ by 0.001 at step 2" in problem
-    leaking = dataclasses.replace(free, probe=dataclasses.replace(free.probe, ok=False))
-    assert "mixes examples" in results.Comparison({}, padded, leaking).problems()[0]
+    leaking = dataclasses.replace(free, probe=dataclasses.replace(free.probe, logit_change=0.5))
+    assert "does not isolate its examples" in results.Comparison({}, padded, leaking).problems()[0]
     assert (
         "different batches" in results.Comparison({}, padded, dataclasses.replace(free, real_tokens=[1])).problems()[0]
     )

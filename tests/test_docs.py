@@ -10,7 +10,7 @@ import pytest
 import torch
 from two_processes import dispatching
 
-from padfree_patch.packing import PackedSequences
+from padfree_patch.batch.sequences import PackedSequences
 from padfree_patch.texts import train_tokenizer
 
 PAGE = Path(__file__).parents[1] / "docs" / "training.md"

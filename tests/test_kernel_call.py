@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
-from padfree_patch import PackedSequences, PadfreeError, kernel_call
+from padfree_patch import PackedSequences, PadfreeError
+from padfree_patch.seams import flash_attn
+from padfree_patch.seams.attention import KernelMode
+from padfree_patch.seams.kernel import PackedKernel
+from padfree_patch.seams.stand_in import CAUSAL
+from padfree_patch.seams.under_way import running
+from padfree_patch.wrapping.seam import wrapped
 
 SEQUENCES = PackedSequences.from_lengths((2, 3))
 
@@ -15,8 +23,11 @@ def qkv():
     return [torch.randn(1, 2, 5, 8, generator=generator) for _ in range(3)]
 
 
+@contextmanager
 def kernel(key_bias=None):
-    return kernel_call._KernelCall(torch.nn.Identity(), SEQUENCES, 0, "sdpa", key_bias)
+    packed = PackedKernel(torch.nn.Identity(), SEQUENCES, CAUSAL, "sdpa", key_bias)
+    with running(kernel=packed), KernelMode(packed):
+        yield
 
 
 def eager(q, k, v, change=lambda scores: scores):
@@ -54,8 +65,22 @@ def test_bias_on_keys_is_added_once_whoever_adds_it():
 
 @pytest.mark.parametrize("shape", [(1, 2, 1, 5), (1, 1, 5, 5)], ids=["on keys", "on pairs"])
 def test_bias_that_no_patch_knows_is_refused(shape):
-    with pytest.raises(PadfreeError, match="something that is no mask is added"), kernel():
+    shown = str(shape).replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(PadfreeError, match=f"Identity adds a tensor {shown} to its attention scores"), kernel():
         eager(*qkv(), lambda scores: scores + torch.ones(shape))
+
+
+def test_scores_multiplied_by_a_tensor_are_refused():
+    message = r"Identity multiplies its attention scores by a tensor \(5,\) before the softmax"
+    with pytest.raises(PadfreeError, match=message), kernel():
+        eager(*qkv(), lambda scores: scores * torch.ones(5))
+
+
+def test_kernel_called_on_other_tokens_is_refused():
+    message = "Identity: the batch has 5 tokens, but its kernel was called on 4 queries and 5 keys"
+    with pytest.raises(PadfreeError, match=message), kernel():
+        q, k, v = qkv()
+        torch.nn.functional.scaled_dot_product_attention(q[:, :, :4], k, v)
 
 
 def test_mask_of_upstreams_own_is_refused():
@@ -69,7 +94,7 @@ def flash(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=
 
 def call_flash(**options):
     q, k, v = (x.transpose(1, 2) for x in qkv())
-    return kernel_call.flash_attn_func(flash, (q, k, v), options).transpose(1, 2)
+    return wrapped(flash, flash_attn.concerns, flash_attn.answer_kernel)(q, k, v, **options).transpose(1, 2)
 
 
 def test_flash_attn_is_answered_while_a_packed_call_is_under_way_and_only_then():

@@ -18,9 +18,12 @@ import torch
 from conftest import assert_exact
 
 import padfree_patch
-from padfree_patch import PadfreeError, patching, seams
+from padfree_patch import PadfreeError, patching
 from padfree_patch.registry import registry
+from padfree_patch.seams import mask
 from padfree_patch.testing import conformance, examples, tiny_model
+from padfree_patch.wrapping import opt_in, seam
+from padfree_patch.wrapping.opt_in import OptIn
 
 
 def snapshot(model) -> dict:
@@ -41,9 +44,9 @@ def snapshot(model) -> dict:
 def _clean_start():
     """Without the class patches of models that earlier tests have left behind as garbage."""
     gc.collect()
-    seams.opted_in.clear()
-    seams.remove_unused_seams()
-    assert not seams.installed
+    opt_in.living.clear()
+    opt_in.remove_unused_seams()
+    assert not seam.installed
 
 
 def test_apply_twice_restore_once_leaves_everything_as_it_was(make):
@@ -140,7 +143,7 @@ def test_unverifiable_model_is_patched_with_a_warning():
 )
 def test_changed_upstream_is_refused(llama, monkeypatch, change, message):
     patch = dataclasses.replace(registry().get("llama"), **change)
-    monkeypatch.setattr(patching, "patch_for", lambda model: patch)
+    monkeypatch.setattr(sys.modules["padfree_patch.patching.plan"], "patch_for", lambda model: patch)
     before = snapshot(llama)
     with pytest.raises(PadfreeError, match=message) as caught:
         padfree_patch.apply(llama)
@@ -150,8 +153,8 @@ def test_changed_upstream_is_refused(llama, monkeypatch, change, message):
 
 
 def test_missing_mask_builder_is_refused(llama, monkeypatch):
-    monkeypatch.setattr(padfree_patch.masks, "BUILDER_FUNCTIONS", ("build_no_mask",))
-    monkeypatch.setattr(padfree_patch.masks, "BUILDER_METHODS", ("_build_no_mask",))
+    monkeypatch.setattr(mask, "BUILDER_FUNCTIONS", ("build_no_mask",))
+    monkeypatch.setattr(mask, "BUILDER_METHODS", ("_build_no_mask",))
     with pytest.raises(PadfreeError, match="has none of build_no_mask and LlamaModel none of _build_no_mask"):
         padfree_patch.apply(llama)
 
@@ -215,7 +218,7 @@ def test_saved_module_comes_back_patched(make, batch, alone):
     file = io.BytesIO()
     torch.save(model, file)
     padfree_patch.restore(model)
-    assert not seams.installed
+    assert not seam.installed
     file.seek(0)
     assert_exact(torch.load(file, weights_only=False), batch, alone)
 
@@ -236,9 +239,9 @@ def test_saved_module_comes_back_patched_in_another_process(llama, batch, tmp_pa
 
 def test_opt_in_alone_can_be_pickled(llama):
     padfree_patch.apply(llama)
-    opt_in = vars(llama)[seams.OPT_IN]
-    other = pickle.loads(pickle.dumps(opt_in))
-    assert (other.backend, other.role, other.seams) == (opt_in.backend, opt_in.role, opt_in.seams)
+    saved = OptIn.of(llama)
+    other = pickle.loads(pickle.dumps(saved))
+    assert (other.backend, other.seams) == (saved.backend, saved.seams)
 
 
 def test_replica_of_data_parallel_is_patched(make, batch, alone):
@@ -288,7 +291,7 @@ def test_wrapper_of_others_around_ours_does_no_harm(make, batch, alone):
         padfree_patch.restore(model)
         assert vars(decoder)["forward"] is theirs
     finally:
-        decoder.forward = getattr(before, seams.ORIGINAL)
+        decoder.forward = seam.original_of(before)
 
 
 def test_wrappers_cannot_be_unwrapped(llama):
@@ -304,8 +307,8 @@ def test_wrappers_cannot_be_unwrapped(llama):
 def test_applied_puts_the_backend_back(llama):
     padfree_patch.apply(llama)
     with padfree_patch.applied(llama, backend="sdpa"):
-        assert vars(llama)[seams.OPT_IN].backend == "sdpa"
-    assert vars(llama)[seams.OPT_IN].backend == "auto"
+        assert OptIn.of(llama).backend == "sdpa"
+    assert OptIn.of(llama).backend == "auto"
 
 
 def test_untested_version_warns_and_works(llama, monkeypatch):
@@ -315,16 +318,16 @@ def test_untested_version_warns_and_works(llama, monkeypatch):
 
 
 def test_restore_in_another_thread_does_not_take_the_patch_away(make, batch, alone, monkeypatch):
-    other, install = padfree_patch.apply(make()), seams.Seam.install
+    other, install = padfree_patch.apply(make()), seam.Seam.install
     thread = threading.Thread(target=padfree_patch.restore, args=(other,))
 
-    def install_while_the_other_restores(seam):
-        install(seam)
+    def install_while_the_other_restores(place):
+        install(place)
         if thread.ident is None:
             thread.start()
             thread.join(timeout=0.2)  # it must wait for the lock
 
-    monkeypatch.setattr(seams.Seam, "install", install_while_the_other_restores)
+    monkeypatch.setattr(seam.Seam, "install", install_while_the_other_restores)
     model = padfree_patch.apply(make(), verify=False)
     thread.join()
     assert_exact(model, batch, alone)

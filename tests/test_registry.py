@@ -11,7 +11,8 @@ import pytest
 from conftest import PATCHES
 from packaging.specifiers import SpecifierSet
 
-from padfree_patch import PadfreeError, Patch, registry, support, versions
+from padfree_patch import PadfreeError, Patch, registry, versions
+from padfree_patch.patching import support
 
 
 def patch_named(model_type: str) -> Patch:

@@ -2,14 +2,14 @@
 
 Read against flash_attn/flash_attn_interface.py of flash-attn 2.8.3; the window came in 2.3.0, softcap in 2.6.0. Its
 Triton kernels for ROCm (FLASH_ATTENTION_TRITON_AMD_ENABLE) give wrong gradients, without an error, for tensors of
-different memory layouts (tests/flash_attn_checks.py shows it), so those are made alike here.
+different memory layouts (tests/flash_attn_checks.py shows it), so here they get contiguous ones.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -17,15 +17,13 @@ from .. import versions
 from ..batch.sequences import PackedSequences
 from ..errors import PadfreeError
 from .flash_family import call_varlen_func, kernels_refuse
-
-if TYPE_CHECKING:
-    from . import Needs
+from .spec import Needs
 
 NAME = "flash_attn"
 
 
 def refusal(needs: Needs) -> str | None:
-    """Why this backend can't do what is needed, or None."""
+    """Says why this backend can't do what a call needs; None if it can."""
     if versions.installed("flash-attn") is None:
         return "package flash-attn is not installed (pip install flash-attn)"
     if reason := kernels_refuse(needs):
@@ -52,7 +50,7 @@ def attend(
     softcap: float = 0.0,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Causal attention inside each sequence; arguments and result as in `padfree_patch.attention.sdpa.attend`.
+    """Computes attention (`Backend.attend`).
 
     Raises PadfreeError if the batch exceeds what the kernel can index (`check_int32_bound`).
     """
@@ -60,7 +58,7 @@ def attend(
     triton = os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE", "FALSE") == "TRUE"  # as the package itself asks
     if triton:  # its backward reads k, v and the output's gradient with the strides of others, without an error
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    output: Tensor = call_varlen_func(
+    output = call_varlen_func(
         _varlen_func(), q, k, v, sequences, scale=scale, window=window, softcap=softcap, dropout_p=dropout
     )
     if triton and output.requires_grad:
@@ -71,8 +69,8 @@ def attend(
 def check_int32_bound(sequences: PackedSequences, *, heads: int, head_dim: int) -> None:
     """Raises PadfreeError if flash-attn's varlen backward would overflow its int32 offsets.
 
-    The backward pads every sequence to 128 tokens and the head size to 32, and indexes the result with int32
-    (flash-attention issues 1500 and 1311: a crash or wrong gradients, far from the cause).
+    The backward pads every sequence to 128 tokens and the head size to 32, and indexes the result with int32. An
+    overflow is a crash or wrong gradients, far from its cause (flash-attention issues 1500 and 1311).
     """
     padded_dim = -(-head_dim // 32) * 32
     elements = (sequences.total + 128 * len(sequences)) * heads * padded_dim
@@ -84,7 +82,8 @@ def check_int32_bound(sequences: PackedSequences, *, heads: int, head_dim: int) 
         )
 
 
-def _varlen_func() -> Any:
+def _varlen_func() -> Callable[..., Tensor]:
     from flash_attn import flash_attn_varlen_func
 
-    return flash_attn_varlen_func
+    function: Callable[..., Tensor] = flash_attn_varlen_func
+    return function

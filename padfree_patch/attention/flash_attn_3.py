@@ -1,30 +1,28 @@
 """Varlen attention by FlashAttention-3 (package flash_attn_3, module `flash_attn_interface`).
 
-Read against hopper/flash_attn_interface.py in the sdist of flash-attn 2.8.3. It has no dropout. Without a GPU only its
-signature can be tested (tests/signatures.json).
+Read against hopper/flash_attn_interface.py in the sdist of flash-attn 2.8.3. It has no dropout. Without a GPU only
+its signature can be tested (tests/signatures.json).
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
 from torch import Tensor
 
 from ..batch.sequences import PackedSequences
 from .flash_family import call_varlen_func, kernels_refuse
-
-if TYPE_CHECKING:
-    from . import Needs
+from .spec import Needs
 
 NAME = "flash_attn_3"
 
 REQUIRED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-"""The arguments without defaults that `attend` passes; builds of 2024 have more."""
+"""The arguments without a default that `attend` passes; builds of 2024 require more than these."""
 
 
 def refusal(needs: Needs) -> str | None:
-    """Why this backend can't do what is needed, or None."""
+    """Says why this backend can't do what a call needs; None if it can."""
     try:
         takes = inspect.signature(_varlen_func()).parameters
     except ModuleNotFoundError:
@@ -51,15 +49,14 @@ def attend(
     softcap: float = 0.0,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Causal attention inside each sequence; arguments and result as in `padfree_patch.attention.sdpa.attend`."""
+    """Computes attention (`Backend.attend`)."""
     assert not dropout, "the selector never sends dropout here"
-    output: Tensor | tuple[Tensor, ...] = call_varlen_func(
-        _varlen_func(), q, k, v, sequences, scale=scale, window=window, softcap=softcap
-    )
+    output = call_varlen_func(_varlen_func(), q, k, v, sequences, scale=scale, window=window, softcap=softcap)
     return output[0] if isinstance(output, tuple) else output  # builds of 2024 return the log-sum-exp as well
 
 
-def _varlen_func() -> Any:
+def _varlen_func() -> Callable[..., Tensor | tuple[Tensor, ...]]:
     from flash_attn_interface import flash_attn_varlen_func
 
-    return flash_attn_varlen_func
+    function: Callable[..., Tensor | tuple[Tensor, ...]] = flash_attn_varlen_func
+    return function

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..batch.sequences import PackedSequences
+from .spec import Needs
 
-if TYPE_CHECKING:
-    from . import Needs
+Output = TypeVar("Output")
 
 DEVICES = ("cuda",)
 """Device types that these kernels run on."""
@@ -21,7 +21,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 def kernels_refuse(needs: Needs) -> str | None:
-    """Why no kernel of this family can do what is needed, or None."""
+    """Says why no kernel of this family can do what a call needs; None if one can."""
     if needs.device not in DEVICES:
         return f"needs tensors on cuda, found {needs.device}"
     if needs.dtype not in DTYPES:
@@ -36,7 +36,7 @@ def kernels_refuse(needs: Needs) -> str | None:
 
 
 def left_and_right(window: int) -> tuple[int, int]:
-    """A window that counts the query itself, as these kernels count it: tokens before the query, and after it.
+    """Converts a window that counts the query itself into what these kernels take: tokens before it, and after it.
 
     >>> left_and_right(4)
     (3, 0)
@@ -45,7 +45,7 @@ def left_and_right(window: int) -> tuple[int, int]:
 
 
 def call_varlen_func(
-    function: Callable[..., Any],
+    function: Callable[..., Output],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -54,9 +54,9 @@ def call_varlen_func(
     scale: float,
     window: int,
     softcap: float,
-    **more: Any,
-) -> Any:
-    """Calls a package's `flash_attn_varlen_func`; what its older versions do not know only when it is asked for."""
+    **more: object,
+) -> Output:
+    """Calls a package's `flash_attn_varlen_func`. Older ones lack a window or softcap: 0 of either is not passed."""
     if window:
         more["window_size"] = left_and_right(window)
     if softcap:

@@ -1,11 +1,11 @@
 """Varlen attention by FlexAttention (`torch.nn.attention.flex_attention`) with a block mask of the sequences.
 
-The kernel skips blocks of 128 queries by 128 keys that the mask leaves out. `create_block_mask` finds them from a dense
-T x T mask; here they follow from where the sequences begin, without one and without a device sync, once per forward:
-every layer gets the same `PackedSequences`, which keeps them.
+The kernel skips blocks of 128 queries by 128 keys that the mask leaves out. `create_block_mask` finds them in a dense
+T x T mask. Here they follow from where the sequences begin, without such a mask and without a device sync. They are
+computed once per forward: every layer gets the same `PackedSequences`, which keeps them.
 
-Read against torch/nn/attention/flex_attention.py of 2.13.0. It has no dropout. On the CPU it has no backward, and
-compiled it takes half a minute to start; there only the mask and the uncompiled function can be tested.
+Read against torch/nn/attention/flex_attention.py of 2.13.0. It has no dropout. On the CPU it has no backward, and takes
+half a minute to compile; so only the mask and the uncompiled function are tested there.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import versions
 from ..batch.sequences import PackedSequences
+from .spec import Needs
 
-if TYPE_CHECKING:
-    from . import Needs
+if TYPE_CHECKING:  # older torch has none
+    from torch.nn.attention.flex_attention import BlockMask
 
 NAME = "flex"
 
@@ -31,7 +33,7 @@ BLOCK = 128
 
 
 def refusal(needs: Needs) -> str | None:
-    """Why this backend can't do what is needed, or None."""
+    """Says why this backend can't do what a call needs; None if it can."""
     try:
         from torch.nn.attention.flex_attention import BlockMask
     except ImportError:
@@ -63,14 +65,14 @@ def attend(
     softcap: float = 0.0,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Causal attention inside each sequence; arguments and result as in `padfree_patch.attention.sdpa.attend`."""
+    """Computes attention (`Backend.attend`)."""
     assert not dropout, "the selector never sends dropout here"
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, heads, T, D)
-    output: Tensor = _flex_attention()(
+    output = compiled_flex_attention()(
         q,
         k,
         v,
-        score_mod=_capped(softcap) if softcap else None,
+        score_mod=_cap_of_scores(softcap) if softcap else None,
         block_mask=block_mask(sequences, window),
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
@@ -78,15 +80,16 @@ def attend(
     return output.squeeze(0).transpose(0, 1)
 
 
-def block_mask(sequences: PackedSequences, window: int = 0) -> Any:
-    """A `BlockMask` (1, 1, T, T) of causal attention inside each sequence; made once for a `PackedSequences`."""
+def block_mask(sequences: PackedSequences, window: int = 0) -> BlockMask:
+    """Makes the `BlockMask` (1, 1, T, T) of causal attention inside each sequence, once for a `PackedSequences`."""
     key = f"flex block mask, window {window}"
     if key not in sequences.derived:
         sequences.derived[key] = _block_mask(sequences.cu_seqlens, sequences.total, window)
-    return sequences.derived[key]
+    mask: BlockMask = sequences.derived[key]
+    return mask
 
 
-def _block_mask(cu_seqlens: Tensor, total: int, window: int) -> Any:
+def _block_mask(cu_seqlens: Tensor, total: int, window: int) -> BlockMask:
     from torch.nn.attention.flex_attention import BlockMask
 
     begins = cu_seqlens[:-1].long()
@@ -114,7 +117,9 @@ def _block_mask(cu_seqlens: Tensor, total: int, window: int) -> Any:
 
 
 @functools.cache
-def _capped(softcap: float) -> Any:
+def _cap_of_scores(softcap: float) -> Callable[..., Tensor]:
+    """Makes the function that caps scores. The cache gives the compiled kernel the same one on every call."""
+
     def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
@@ -122,7 +127,9 @@ def _capped(softcap: float) -> Any:
 
 
 @functools.cache
-def _flex_attention() -> Any:
+def compiled_flex_attention() -> Callable[..., Tensor]:
+    """Compiles torch's function for any number of tokens: every batch has another."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)  # every batch has another number of tokens
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
+    return compiled

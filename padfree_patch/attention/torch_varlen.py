@@ -1,28 +1,27 @@
 """Varlen attention by PyTorch itself: `torch.nn.attention.varlen.varlen_attn`, FlashAttention-2 without the package.
 
 Read against torch/nn/attention/varlen.py of 2.13.0. It came in 2.10; scale, windows and grouped queries came after, so
-the function is asked for them. It has neither dropout nor softcap, and no CPU kernel.
+its signature is asked for them. It has neither dropout nor softcap, and no CPU kernel.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import cast
 
 from torch import Tensor
 
 from .. import versions
 from ..batch.sequences import PackedSequences
 from .flash_family import kernels_refuse, left_and_right
-
-if TYPE_CHECKING:
-    from . import Needs
+from .spec import Needs
 
 NAME = "torch_varlen"
 
 
 def refusal(needs: Needs) -> str | None:
-    """Why this backend can't do what is needed, or None."""
+    """Says why this backend can't do what a call needs; None if it can."""
     try:
         takes = inspect.signature(_varlen_attn()).parameters
     except ImportError:
@@ -47,9 +46,9 @@ def attend(
     softcap: float = 0.0,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Causal attention inside each sequence; arguments and result as in `padfree_patch.attention.sdpa.attend`."""
+    """Computes attention (`Backend.attend`)."""
     assert not softcap and not dropout, "the selector never sends either here"
-    output: Tensor = _varlen_attn()(
+    return _varlen_attn()(
         q,
         k,
         v,
@@ -61,10 +60,9 @@ def attend(
         window_size=left_and_right(window) if window else (-1, 0),  # (-1, 0): causal over the whole sequence
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return output
 
 
-def _varlen_attn() -> Any:
+def _varlen_attn() -> Callable[..., Tensor]:
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn
+    return cast("Callable[..., Tensor]", varlen_attn)  # a tuple only if it is asked for the log-sum-exp

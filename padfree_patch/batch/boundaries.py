@@ -114,7 +114,7 @@ def _run_lengths(breaks: Values) -> list[int]:
 
 
 def _agreed_segments(breaks: Values, segments: Values) -> list[int]:
-    """Returns lengths from segment numbers; among real tokens the position must break exactly where the number changes."""
+    """Returns lengths from segment numbers. Positions of real tokens must break where the number changes."""
     changes = _segment_changes(segments)
     both_real = (segments[:, 1:] > 0) & (segments[:, :-1] > 0)
     wrong = (changes != breaks) & both_real

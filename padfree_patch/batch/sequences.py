@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class PackedSequences:
     """Tokens in the longest sequence."""
     total: int
     """Tokens in all of them together."""
-    derived: dict[str, object]
+    derived: dict[str, Any]
     """What backends work out from the sequences, by name, so that the next layer need not."""
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, total: int, lengths: tuple[int, ...] | None = None):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from padfree_patch.demo.results import Comparison, Probe
+from padfree_patch.demo.results import Comparison
+from padfree_patch.verification import Verification
 
 MB = 1e6
 
@@ -49,7 +50,7 @@ def leak_table(comparison: Comparison) -> Table:
     return table
 
 
-def verdict(probe: Probe) -> str:
+def verdict(probe: Verification) -> str:
     return "[green]yes[/green]" if probe.ok else "[red]no[/red]"
 
 

@@ -7,27 +7,16 @@ import math
 from typing import Any
 
 from padfree_patch.demo import crowding
+from padfree_patch.verification import Verification
 
 TOLERANCE = 1e-4  # largest difference of the two losses at any step; float32 rounding stays well under it
-
-
-@dataclasses.dataclass
-class Probe:
-    """What `padfree_patch.verify` found."""
-
-    ok: bool
-    logit_change: float
-    leaked_gradient: float
-    alone_error: float
-    first_leak: str | None
-    text: str
 
 
 @dataclasses.dataclass
 class Run:
     """One training run. Lists have one entry per step."""
 
-    probe: Probe
+    probe: Verification
     losses: list[float]
     real_tokens: list[int]
     row_tokens: list[int]  # tokens the model computed: real ones and pads
@@ -53,6 +42,7 @@ class Run:
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {
+            "probe": self.probe.as_dict() | {"text": str(self.probe)},
             "tokens_per_second": self.tokens_per_second,
             "padding_share": self.padding_share,
             "growth_bytes": self.growth_bytes,
@@ -60,7 +50,7 @@ class Run:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Run:
-        return cls(**{**fields, "probe": Probe(**fields["probe"])})
+        return cls(**{**fields, "probe": Verification.from_dict(fields["probe"])})
 
 
 @dataclasses.dataclass
@@ -92,7 +82,7 @@ class Comparison:
         """Why the two runs are not the same training; empty when they are."""
         found = []
         if not self.padding_free.probe.ok:
-            found.append(f"the patched model mixes examples: {self.padding_free.probe.text}")
+            found.append(str(self.padding_free.probe.error("the patched model")))
         if self.padded.real_tokens != self.padding_free.real_tokens:
             found.append("the two runs were given different batches")
         for step, difference in enumerate(self.loss_differences, 1):

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 import padfree_patch
 from padfree_patch import memory
 from padfree_patch.demo import crowding, start
-from padfree_patch.demo.results import Probe, Run
+from padfree_patch.demo.results import Run
 
 Example = dict[str, list[int]]
 
@@ -62,7 +62,7 @@ def run(job: Job, report: Callable[..., None]) -> Run:
         report(stage="patching")
         padfree_patch.apply(model)
     report(stage="probing for leaks")
-    probe = leak_probe(model)
+    probe = padfree_patch.verify(model)
 
     report(stage="training")
     examples = [{"input_ids": ids, "labels": ids} for ids in json.loads(Path(job.examples).read_text())]
@@ -90,18 +90,6 @@ def run(job: Job, report: Callable[..., None]) -> Run:
         loaded_bytes=loaded_bytes,
         peak_bytes=memory.peak_bytes(),
         waited_share=waited / (job.threads * sum(trainer.step_seconds)),
-    )
-
-
-def leak_probe(model: Any) -> Probe:
-    found = padfree_patch.verify(model)
-    return Probe(
-        ok=bool(found),
-        logit_change=float(found.logit_change),
-        leaked_gradient=float(found.leaked_gradient),
-        alone_error=float(found.alone_error),
-        first_leak=found.first_leak,
-        text=str(found),
     )
 
 

@@ -144,5 +144,5 @@ def _verify(patch: Patch, model: nn.Module) -> None:
             "Call padfree_patch.verify(model) once the weights are there, or pass verify=False",
             stacklevel=3,
         )
-    else:
-        result.raise_if_leaking()
+    elif not result:
+        raise result.error("the patched model", outcome="it was put back as it was")

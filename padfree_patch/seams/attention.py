@@ -125,7 +125,7 @@ class KernelMode(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Takes torch's arguments; `is_causal` and `enable_gqa` say nothing new: packed attention always is, and can."""
+        """Takes torch's arguments; packed attention is always causal and always takes grouped queries."""
         if attn_mask is not None and attn_mask.numel() > 1:
             owner = self._kernel.owner
             raise PadfreeError(f"{owner} passes a mask of its own to scaled_dot_product_attention: not supported")

@@ -91,8 +91,8 @@ class PackedKernel:
         queries, keys, total = q.shape[0] * q.shape[2], k.shape[0] * k.shape[2], self._sequences.total
         if not queries == keys == total:
             raise PadfreeError(
-                f"{self.owner}: the batch has {total} tokens, but its kernel was called on {queries} queries and {keys} "
-                "keys"
+                f"{self.owner}: the batch has {total} tokens, but its kernel was called on {queries} queries "
+                f"and {keys} keys"
             )
 
 

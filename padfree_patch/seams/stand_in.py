@@ -1,10 +1,10 @@
 """What travels in the place of a packed row's attention mask: a tensor that carries the batch.
 
 A packed row has no mask of T x T. What goes from the decoder to its layers instead is a tensor of shape
-(1, 1, sequences + 1, 1, window + 1). Its values are `PackedBatch.boundaries`: they say where the sequences end. Its last
-dimension is the recipe: how upstream's builder masks one sequence. Ordinary masks have at most four dimensions, so it
-can't be mistaken. Being an argument, it survives gradient checkpointing, replicas and other threads. Its shape is read
-without a device sync, and so are its values, because they lie on the CPU wherever the lengths are known there.
+(1, 1, sequences + 1, 1, window + 1). Its values are `PackedBatch.boundaries`: they say where the sequences end. Its
+last dimension is the recipe: how upstream's builder masks one sequence. Ordinary masks have at most four dimensions, so
+it can't be mistaken. Being an argument, it survives gradient checkpointing, replicas and other threads. Its shape is
+read without a device sync, and so are its values, which lie on the CPU wherever the lengths are known there.
 """
 
 from __future__ import annotations

@@ -1,0 +1,74 @@
+"""What one attention call asks for, and what a backend must have to answer it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..batch.sequences import PackedSequences
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What one attention call asks of a backend."""
+
+    device: str
+    """Device type: "cpu", "cuda", ..."""
+    dtype: torch.dtype
+    head_dim: int
+    window: int = 0
+    """Newest tokens that a query sees, itself included; 0 for all."""
+    softcap: float = 0.0
+    """Scores become softcap * tanh(scores / softcap); 0 for none."""
+    dropout: float = 0.0
+    """Probability with which an attention weight is dropped."""
+
+    def __str__(self) -> str:
+        asked = [f"dtype={str(self.dtype).removeprefix('torch.')}", f"device={self.device}"]
+        asked += [f"head_dim={self.head_dim}"]
+        asked += [f"{name}={getattr(self, name)}" for name in ("window", "softcap", "dropout") if getattr(self, name)]
+        return ", ".join(asked)
+
+
+class Backend(Protocol):
+    """A module in this folder. mypy compares every module of `padfree_patch.attention.BACKENDS` with this."""
+
+    NAME: str
+    """What `backend=` takes, and what errors call it."""
+
+    def refusal(self, needs: Needs) -> str | None:
+        """Says why this backend can't do what a call needs; None if it can."""
+        ...
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sequences: PackedSequences,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """Computes causal attention inside each sequence, never across two.
+
+        T tokens of all sequences end to end, H query heads, K key/value heads, D head size. Whoever calls this has
+        asked `refusal` before.
+
+        Args:
+            q: (T, H, D).
+            k, v: (T, K, D), with H a multiple of K.
+            sequences: their lengths add up to T; lengths 2, 4, 3 have cu_seqlens [0, 2, 6, 9].
+            scale: factor on q @ k.T before the softmax; usually D ** -0.5.
+            window: newest tokens that a query sees, itself included; 0 for all of its sequence.
+            softcap: scores become softcap * tanh(scores / softcap); 0 for none.
+            dropout: probability with which an attention weight is dropped.
+
+        Returns (T, H, D), in the dtype of q.
+        """
+        ...

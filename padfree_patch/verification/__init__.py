@@ -1,0 +1,86 @@
+"""verify: proves on the loaded model itself that the examples of a packed row do not mix.
+
+Two probes that share nothing: example A changes, and example B's logits must not move; and the gradient of B's loss at
+A's embeddings must be exactly zero, which needs no tolerance. A third compares the packed row with each example alone.
+All three run through the model's own forward, without dropout, on seventeen random tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from torch import Tensor, nn
+
+from ..models import pretrained_modules
+from ..registry import registry
+from .probe import LENGTHS, TOLERANCE_EPS, Probe, largest
+from .result import Verification
+from .untouched import untouched, unwrapped, why_it_cannot_run
+
+__all__ = ["LENGTHS", "Verification", "rounding_of_neighbours", "run_packed", "verify"]
+
+_ROUTER = re.compile(r"(^|\.)(experts|router)(\.|$)")
+"""Names of submodules that mixtures of experts have, in every version."""
+
+
+def verify(model: nn.Module) -> Verification:
+    """Measures whether `model`, as it is now, isolates the examples of a packed row.
+
+    Works in train and eval mode, with frozen parameters, inside PEFT and under `torch.no_grad`. Leaves parameters,
+    gradients, modes and the random state as they were. Takes seven short forwards and one backward. If the head gives
+    one result per row, only the decoder is run. If weights of several dtypes can't run without autocast, they are run
+    under it.
+
+    Returns the figures; nothing is raised for a leak. Weights on the meta device or sharded over processes can't be
+    run: then `skipped` says so.
+    """
+    models = pretrained_modules(model)
+    name = type(models[0] if models else model).__name__
+    if reason := why_it_cannot_run(model):
+        return Verification(model=name, skipped=reason)
+    with untouched(model), torch.inference_mode(False), torch.enable_grad():
+        return _measure(name, model, Probe(unwrapped(model)))
+
+
+def _measure(name: str, model: nn.Module, probe: Probe) -> Verification:
+    change, gradient = probe.logit_change(), probe.leaked_gradient()
+    refused = _why_alone_is_refused(model)
+    error, tolerance = (math.nan, math.nan) if refused else probe.alone_error()
+    allowed = rounding_of_neighbours(model, probe.packed(probe.a))
+    leaks = change > allowed or gradient != 0
+    return Verification(
+        model=name,
+        logit_change=change,
+        change_tolerance=allowed,
+        leaked_gradient=gradient,
+        alone_error=error,
+        alone_tolerance=tolerance,
+        alone_refused=refused,
+        first_leak=probe.first_leak() if leaks else None,
+    )
+
+
+def rounding_of_neighbours(model: nn.Module, logits: Tensor) -> float:
+    """Gives how far an example's logits may move when its neighbour changes: 0, or a few eps if experts are routed.
+
+    How many tokens an expert multiplies at once depends on all tokens of the batch, and matmuls of different shapes
+    round differently. Upstream's padded batches show the same effect. The gradient at the neighbour is still exactly 0.
+    """
+    routed = any(_ROUTER.search(name) for name, _ in model.named_modules())
+    return TOLERANCE_EPS * torch.finfo(logits.dtype).eps * largest(logits) if routed else 0.0
+
+
+def _why_alone_is_refused(model: nn.Module) -> str | None:
+    config = pretrained_modules(model)[0].config
+    patch = registry().get(getattr(config, "model_type", None))
+    return patch.upstream_refuses(config) if patch is not None and patch.upstream_refuses is not None else None
+
+
+@torch.no_grad()
+def run_packed(model: nn.Module) -> None:
+    """Makes one packed forward of the probe's two examples; for hooks that look at what reaches the layers."""
+    with untouched(model):
+        probe = Probe(unwrapped(model))
+        probe.packed(probe.a)

@@ -1,0 +1,125 @@
+"""What `verify` measured, and what it says about a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import LeakError, PadfreeError
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What `verify` measured. True in a condition if examples do not mix."""
+
+    model: str
+    """Class of the model."""
+    logit_change: float = math.nan
+    """Largest change of B's logits when A changes; 0 if isolated."""
+    change_tolerance: float = 0.0
+    """What `logit_change` may be: 0, except for mixtures of experts (`rounding_of_neighbours`)."""
+    leaked_gradient: float = math.nan
+    """Largest gradient of B's loss at A's embeddings, absolute; 0 if isolated."""
+    alone_error: float = math.nan
+    """Largest difference between packed and alone, relative to the largest logit."""
+    alone_tolerance: float = math.nan
+    """What `alone_error` may be in the model's dtype."""
+    alone_refused: str | None = None
+    """Why there is nothing to compare with, if upstream can't run an example alone (`Patch.upstream_refuses`)."""
+    first_leak: str | None = None
+    """Name of the first module whose output at B changes with A although its input at B does not."""
+    skipped: str | None = None
+    """Why nothing could be measured, if so."""
+
+    @property
+    def isolated(self) -> bool:
+        """Says whether both leak probes came out as they must."""
+        return self.logit_change <= self.change_tolerance and self.leaked_gradient == 0
+
+    @property
+    def finite(self) -> bool:
+        """Says whether what was measured are numbers that tell a leak from none."""
+        return self._not_finite() is None
+
+    def _not_finite(self) -> str | None:
+        """Names what has NaN or infinity, so that nothing can be said; a leak that the logits show is one anyway."""
+        if not (math.isfinite(self.logit_change) and (self.alone_refused or math.isfinite(self.alone_error))):
+            return "logits"
+        logits_stay = self.logit_change <= self.change_tolerance
+        return "gradients" if logits_stay and not math.isfinite(self.leaked_gradient) else None
+
+    @property
+    def ok(self) -> bool:
+        """Says whether examples do not mix and each gives what it gives alone."""
+        return self.isolated and (bool(self.alone_refused) or self.alone_error <= self.alone_tolerance)
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        if self.skipped:
+            return f"{self.model}: not verified: {self.skipped}"
+        if what := self._not_finite():
+            return (
+                f"{self.model}: the {what} are not finite, so nothing can be said about leaks; look for NaN in the "
+                "weights and for values that the dtype can't hold. verify on the unpatched model says whether they are "
+                "upstream's own"
+            )
+        return "\n".join([f"{self.model}: {self._verdict()}", *self._figures()])
+
+    def _verdict(self) -> str:
+        if self.ok:
+            return "examples do not mix"
+        return "WRONG RESULT" if self.isolated else "EXAMPLES MIX"
+
+    def _figures(self) -> list[str]:
+        allowed = f"at most {self.change_tolerance:.3g}" if self.change_tolerance else "must be 0"
+        lines = [
+            f"  change of B's logits when A changes   {self.logit_change:.3g} ({allowed})",
+            f"  gradient of B's loss at A's embeddings {self.leaked_gradient:.3g} (must be 0)",
+        ]
+        if self.alone_refused:
+            lines.append(f"  not compared with alone, where upstream fails: {self.alone_refused}")
+        else:
+            allowed = f"at most {self.alone_tolerance:.3g}"
+            lines.append(f"  packed against alone, relative         {self.alone_error:.3g} ({allowed})")
+        if self.first_leak:
+            lines.append(f"  first module that leaks                {self.first_leak}")
+        return lines
+
+    def as_dict(self) -> dict[str, str | float | None]:
+        """Gives every field and `ok`, ready for JSON: a number that is not finite becomes None."""
+        values = dataclasses.asdict(self) | {"ok": self.ok}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, object]) -> Verification:
+        """Makes a `Verification` of what `as_dict` gave; names that are no fields are ignored."""
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        given: dict[str, Any] = {name: value for name, value in fields.items() if name in defaults}
+        missing = {name: math.nan for name, v in given.items() if v is None and isinstance(defaults[name], float)}
+        return cls(**given | missing)
+
+    def error(self, subject: str, *, outcome: str = "") -> PadfreeError:
+        """Makes the error for a result that is not `ok`: what is wrong with the subject, the outcome, and the report.
+
+        A LeakError if examples mix or come out wrong; a plain PadfreeError if nothing can be said about that.
+        """
+        kind, problem = self._problem()
+        return kind(f"{subject} {problem}{outcome and '; '}{outcome}\n{self}")
+
+    def _problem(self) -> tuple[type[PadfreeError], str]:
+        if self.skipped:
+            return PadfreeError, "was not verified"
+        if what := self._not_finite():
+            return PadfreeError, f"gives {what} that are not finite"
+        if not self.isolated:
+            return LeakError, "does not isolate its examples"
+        return LeakError, "isolates its examples, but does not give what each gives alone"
+
+    def raise_if_leaking(self) -> None:
+        """Raises an error with the whole report unless `ok`: a LeakError, or a PadfreeError if nothing was measured."""
+        if not self.ok:
+            raise self.error(self.model)

@@ -1,0 +1,84 @@
+"""What a probe needs to run on somebody's model: which module to call, whether it can run, and to leave no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from ..models import pretrained_modules
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Takes off what would synchronise with other processes or compile the probe: DDP, torch.compile."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def why_it_cannot_run(model: nn.Module) -> str | None:
+    """Says why no probe can run the model; None if one can."""
+    if not pretrained_modules(model):
+        return "no transformers model inside"
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            return f"parameter {name} is on the meta device"
+        if hasattr(parameter, "device_mesh") or (parameter.numel() == 0 and hasattr(parameter, "ds_shape")):
+            return f"parameter {name} is sharded over processes"
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        return "the model is sharded over processes (FSDP)"
+    return None
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Switches dropout and autocast off, and puts back afterwards what a run may change.
+
+    That is the modules' modes, the random state, and modules that have buffers: rotary tables grow.
+    """
+    devices = {parameter.device for parameter in model.parameters()}
+    cuda = sorted({device.index for device in devices if device.type == "cuda"})
+    with ExitStack() as stack:
+        stack.enter_context(_modes_put_back(model))
+        stack.enter_context(_buffers_put_back(model))
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        for device_type in {device.type for device in devices}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        for module in model.modules():
+            module.training = False
+        yield
+
+
+@contextmanager
+def _modes_put_back(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+@contextmanager
+def _buffers_put_back(model: nn.Module) -> Iterator[None]:
+    """Puts back, of every module that has buffers, its attributes, which buffers it has, and their values."""
+    attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules() if module._buffers]
+    values = [(buffer, buffer.clone()) for _, _, own in attributes for buffer in own.values() if buffer is not None]
+    try:
+        yield
+    finally:
+        for module, own, buffers in attributes:
+            vars(module).clear()
+            vars(module).update(own)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for buffer, value in values:
+            if not torch.equal(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
