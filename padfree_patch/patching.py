@@ -6,6 +6,7 @@ How functions are wrapped and modules opt in: `padfree_patch.seams`.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -51,7 +52,6 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
     """
     attention.check_name(backend)
     plan = _plan(model)
-    _warn_if_untested(plan.patch)
     backends = {opt_in: opt_in.backend for module, _ in plan.roles if (opt_in := opt_in_of(module))}
     new = [(module, role) for module, role in plan.roles if opt_in_of(module) is None]
     try:
@@ -62,8 +62,8 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
                 mark(module, OptIn(plan.patch.model_type, backend, role, plan.seams))
         for opt_in in backends:
             opt_in.backend = backend
-        if verify:
-            _verify(plan.patch, model)
+        verified = verify and _verify(plan.patch, model)
+        _report_if_untested(plan.patch, verified=verified)
     except BaseException:
         for module, _ in new:
             if opt_in := opt_in_of(module):
@@ -109,22 +109,29 @@ def places(model: nn.Module) -> tuple[str, ...]:
     return tuple(sorted(str(seam) for seam in seams))
 
 
-def _warn_if_untested(patch: Patch) -> None:
+def _report_if_untested(patch: Patch, *, verified: bool) -> None:
+    """Notes in the log that this transformers is outside the tested range, or warns if the model was not checked."""
     version = versions.transformers_version()
-    if not versions.inside(version, patch.transformers):
+    if versions.inside(version, patch.transformers):
+        return
+    untested = f"{patch.model_type} was tested on transformers {patch.transformers}, this is {version}"
+    if verified:
+        logging.getLogger("padfree_patch").info("%s; the check of the model itself passed", untested)
+    else:
         warnings.warn(
-            f"padfree_patch: {patch.model_type} was tested on transformers {patch.transformers}, this is {version}. "
-            "Leave verify=True, which checks the model itself, and tell us whether it passed",
+            f"padfree_patch: {untested}. Leave verify=True, which checks the model itself",
             stacklevel=3,
         )
 
 
-def _verify(patch: Patch, model: nn.Module) -> None:
+def _verify(patch: Patch, model: nn.Module) -> bool:
+    """Returns whether the model could be checked. Raises PadfreeError if it can't run, LeakError if examples mix."""
     try:
         result = verification.verify(model)
     except PadfreeError:
         raise
     except Exception as error:
+        _raise_if_upstream_fails(model)
         raise PadfreeError(
             f"{patch.model_type}: the patched model can't run a packed row: {error!r} on transformers "
             f"{versions.transformers_version()} (patch tested on {patch.transformers}); it was put back as it was"
@@ -135,8 +142,28 @@ def _verify(patch: Patch, model: nn.Module) -> None:
             "Call padfree_patch.verify(model) once the weights are there, or pass verify=False",
             stacklevel=3,
         )
-    else:
-        result.raise_if_leaking()
+        return False
+    result.raise_if_leaking()
+    return True
+
+
+def _raise_if_upstream_fails(model: nn.Module) -> None:
+    """Raises PadfreeError if the model can't run one example alone either, as it is without its patches."""
+    patched = [(module, opt_in) for module in model.modules() if (opt_in := opt_in_of(module))]
+    for module, _ in patched:
+        opt_out(module)
+    try:
+        verification.run_alone(model)
+    except Exception as error:
+        raise PadfreeError(
+            f"{type(model).__name__} fails without padfree_patch too, on an ordinary call with one example (the error "
+            f"comes from transformers {versions.transformers_version()} or the model's own layers): {error!r}. So "
+            "it could not be checked, and it was put back as it was. Make such a call work first, or pass "
+            "verify=False if the model can run only later"
+        ) from error
+    finally:
+        for module, opt_in in patched:
+            mark(module, opt_in)
 
 
 @dataclasses.dataclass(frozen=True)

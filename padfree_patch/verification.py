@@ -150,7 +150,7 @@ def _alone_refused(model: nn.Module) -> str | None:
     return patch.upstream_refuses(config) if patch is not None and patch.upstream_refuses is not None else None
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def run_packed(model: nn.Module) -> None:
     """One packed forward of the probe's two examples; for hooks that look at what reaches the layers."""
     with _untouched(model):
@@ -158,8 +158,22 @@ def run_packed(model: nn.Module) -> None:
         probe.packed(probe.a)
 
 
+@torch.enable_grad()
+def run_alone(model: nn.Module) -> None:
+    """Runs one of the probe's examples alone, unless upstream is known to refuse that (`Patch.upstream_refuses`)."""
+    if _alone_refused(model):
+        return
+    with _untouched(model):
+        probe = _Probe(_unwrapped(model))
+        probe.alone(probe.b)
+
+
 class _Probe:
-    """Two random examples A and B, and another A of the same length, as embeddings (1, tokens, D)."""
+    """Two random examples A and B, and another A of the same length, as embeddings (1, tokens, D).
+
+    The embeddings require gradients, as they do in training. Without, bitsandbytes' 4-bit layers take their path for
+    inference on some CPUs: it rounds to bfloat16 and rewrites the weights, so that they can't be trained any more.
+    """
 
     def __init__(self, model: nn.Module):
         models: list[Any] = pretrained_modules(model)
@@ -169,14 +183,13 @@ class _Probe:
         generator = torch.Generator().manual_seed(0)
         vocabulary = embedding.weight.shape[0]
         ids = [torch.randint(vocabulary, (1, n), generator=generator).to(device) for n in (*LENGTHS, LENGTHS[0])]
-        self.a, self.b, self.other_a = (embedding(each).detach() for each in ids)
+        self.a, self.b, self.other_a = (embedding(each).detach().requires_grad_() for each in ids)
         self.positions = torch.cat([torch.arange(n) for n in LENGTHS]).unsqueeze(0).to(device)
         self.autocast: Any = nullcontext()
         dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
         if len(dtypes) > 1:
             try:
-                with torch.no_grad():
-                    self.alone(self.b)
+                self.alone(self.b)
             except RuntimeError:  # norms in float32 beside weights in bfloat16: trained, and so run, under autocast
                 self.autocast = torch.autocast(device.type, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))
 
@@ -198,18 +211,16 @@ class _Probe:
     def packed(self, a: Tensor) -> Tensor:
         return self.logits(torch.cat([a, self.b], dim=1), position_ids=self.positions)
 
-    @torch.no_grad()
     def logit_change(self) -> float:
         before, after = self.packed(self.a), self.packed(self.other_a)
         return _largest((before - after)[:, LENGTHS[0] :])
 
     def leaked_gradient(self) -> float:
-        a = self.a.clone().requires_grad_()
+        a = self.a.detach().clone().requires_grad_()
         loss = self.packed(a)[:, LENGTHS[0] :].float().square().sum()
         (gradient,) = torch.autograd.grad(loss, a, allow_unused=True)
         return 0.0 if gradient is None else _largest(gradient)
 
-    @torch.no_grad()
     def alone_error(self) -> tuple[float, float]:
         """Relative difference between packed and alone, and what it may be."""
         # Old versions cast the logits up, and a prepared model may enter autocast itself: the coarsest dtype that any
@@ -227,7 +238,6 @@ class _Probe:
         coarsest = max(torch.finfo(dtype).eps for dtype in dtypes | {alone.dtype})
         return error, min(_ALONE_TOLERANCE_EPS * coarsest, 0.1)
 
-    @torch.no_grad()
     def first_leak(self) -> str | None:
         """The innermost module whose output at B differs between two As though what comes in at B is the same."""
         runs = []
@@ -261,7 +271,7 @@ def _at_b(value: Any) -> list[Tensor]:
     """The part at B of every floating-point tensor (1, A + B tokens, ...) in nested containers."""
     if isinstance(value, Tensor):
         fits = value.is_floating_point() and value.dim() == 3 and value.shape[1] == sum(LENGTHS)
-        return [value[:, LENGTHS[0] :].clone()] if fits else []
+        return [value[:, LENGTHS[0] :].detach().clone()] if fits else []
     if isinstance(value, dict):
         value = tuple(value.values())
     if isinstance(value, (tuple, list)):

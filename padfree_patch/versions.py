@@ -26,5 +26,5 @@ def transformers_version() -> Version:
 
 
 def inside(version: Version, specifier: str) -> bool:
-    """Whether a version is in a range such as ">=4.36,<5.24"; release candidates count as their release."""
+    """Whether a version is in a range such as ">=4.36,<5.25"; release candidates count as their release."""
     return SpecifierSet(specifier).contains(version.base_version)
