@@ -13,6 +13,9 @@ from two_processes import dispatching
 from padfree_patch.packing import PackedSequences
 from padfree_patch.texts import train_tokenizer
 
+pytestmark = pytest.mark.versions
+
+
 PAGE = Path(__file__).parents[1] / "docs" / "training.md"
 
 

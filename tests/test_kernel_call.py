@@ -7,6 +7,9 @@ import torch
 
 from padfree_patch import PackedSequences, PadfreeError, kernel_call
 
+pytestmark = pytest.mark.versions
+
+
 SEQUENCES = PackedSequences.from_lengths((2, 3))
 
 

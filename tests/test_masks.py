@@ -10,6 +10,9 @@ from padfree_patch import PadfreeError, explain, masks
 from padfree_patch.registry import registry
 from padfree_patch.testing import tiny_model
 
+pytestmark = pytest.mark.versions
+
+
 CONFIGS = [
     ("mistral", {"sliding_window": 4}),
     ("mistral", {"sliding_window": None}),

@@ -13,6 +13,8 @@ from packaging.specifiers import SpecifierSet
 
 from padfree_patch import PadfreeError, Patch, registry, support, versions
 
+pytestmark = pytest.mark.versions
+
 
 def patch_named(model_type: str) -> Patch:
     return Patch(model_type=model_type, attention="A", decoder="M", transformers=">=4.36")
