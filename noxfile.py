@@ -104,8 +104,9 @@ def tests(session: nox.Session, transformers: str) -> None:
     # Two processes of one thread each: the models are too small for torch to fill two cores with one.
     one_thread_offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     two_processes = [] if transformers in TWO_PROCESSES or full_asked_for else ["--ignore=tests/test_distributed.py"]
+    newest_only = [] if transformers == VERSIONS[-1] or full_asked_for else ["--ignore=tests/test_processors.py"]
     chosen = [] if transformers in WHOLE or full_asked_for or session.posargs else ["-m", "versions"]
-    arguments = [f"--junitxml={report}", *two_processes, *chosen, *session.posargs]
+    arguments = [f"--junitxml={report}", *two_processes, *newest_only, *chosen, *session.posargs]
     session.run("pytest", "-n2", "--dist=loadgroup", *arguments, env=one_thread_offline)
     if not session.posargs:  # a process of its own, in which transformers finds flash-attn, or what stands in for it
         stand_in = {**one_thread_offline, "PYTHONPATH": "tests/stand_ins", "PADFREE_FLASH_ATTENTION": "1"}
@@ -228,17 +229,17 @@ EVERYWHERE = {"tests": VERSIONS, "trl": list(TRL), "flash_attn": FLASH_ATTN}
 @nox.session(venv_backend="none")
 def matrix(session: nox.Session) -> None:
     """Every patch, variant and implementation on every minor, or on the versions given; writes docs/support.md."""
-    _matrix(session, session.posargs or LAST_PATCHES, "--merge")
+    _matrix(session, session.posargs or LAST_PATCHES, "--merge", "--natively")
 
 
 @nox.session(venv_backend="none")
 @timed
 def eras(session: nox.Session) -> None:
     """The matrix on the first and last version of each era, compared with docs/support.json."""
-    _matrix(session, ENDS_OF_ERAS, "--compare")
+    _matrix(session, [*ENDS_OF_ERAS, "4.57.6"], "--compare")  # the one between, on which `tests` runs marked tests only
 
 
-def _matrix(session: nox.Session, chosen: list[str], what_then: str) -> None:
+def _matrix(session: nox.Session, chosen: list[str], what_then: str, *options: str) -> None:
     """Runs tests/matrix.py on the built wheel, two versions at a time, each in an environment of its own."""
     folder = Path(".nox", "matrix").resolve()
     shutil.rmtree(folder / "verdicts", ignore_errors=True)
@@ -253,7 +254,7 @@ def _matrix(session: nox.Session, chosen: list[str], what_then: str) -> None:
         steps = [
             [uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder / version)],
             [uv, "pip", "install", "--quiet", "--python", python, *packages],
-            [python, "tests/matrix.py", str(folder / "verdicts" / f"{version}.json")],
+            [python, "tests/matrix.py", str(folder / "verdicts" / f"{version}.json"), *options],
         ]
         environment = {**os.environ, "PYTHONPATH": "tests/stand_ins", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         for step in steps:
