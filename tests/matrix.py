@@ -109,7 +109,7 @@ def merge(folder: Path) -> None:
         }
         for version, row in found.items()
     }
-    support.FILE.write_text(json.dumps(words, indent=0) + "\n")
+    (ROOT / "padfree_patch" / support.FILE.name).write_text(json.dumps(words, indent=0) + "\n")  # not the wheel's
     (ROOT / "docs" / "support.md").write_text(page(found))
 
 
