@@ -17,6 +17,9 @@ from padfree_patch.seams.under_way import running
 from padfree_patch.testing import SyncCounter
 from padfree_patch.wrapping.seam import wrapped
 
+pytestmark = pytest.mark.versions
+
+
 SEQUENCES = PackedSequences.from_lengths((2, 3))
 
 
