@@ -28,7 +28,7 @@ def test_wrong_kernel_is_a_wrong_cell(monkeypatch):
 
 
 def test_model_that_does_not_verify_is_a_wrong_cell(monkeypatch):
-    failed = patching.verification.Verification("Tiny", logit_change=1.0)
+    failed = patching.verification.Verification("Tiny", logit_change=1.0, leaked_gradient=0.0, alone_error=0.0)
     monkeypatch.setattr(conformance, "applied", lambda model: patching.applied(model, verify=False))
     monkeypatch.setattr(patching.verification, "verify", lambda model: failed)
     assert matrix.verdict(LLAMA, "eager", {}).startswith("wrong: verify: LeakError")
