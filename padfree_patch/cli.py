@@ -14,8 +14,9 @@ try:
 except ImportError as error:  # an extra, so that training machines need not have it
     raise SystemExit("padfree-patch needs click: pip install 'padfree_patch[cli]'") from error
 
-from . import patching, support, versions
+from . import patching, versions
 from .errors import PadfreeError
+from .patching import support
 from .registry import registry
 from .texts import FIELDS, read_texts, tokenise
 

@@ -22,6 +22,7 @@ def ignore_first_labels(labels: Tensor, sequences: PackedSequences, *, shifted: 
 
     Raises PadfreeError if labels and sequences count other tokens. Reads nothing from the device.
 
+    >>> import torch
     >>> ignore_first_labels(torch.tensor([[7, 8, 9]]), PackedSequences.from_lengths([1, 2]))
     tensor([[-100, -100,    9]])
     """
