@@ -14,10 +14,11 @@ try:
 except ImportError as error:  # an extra, so that training machines need not have it
     raise SystemExit("padfree-patch needs click: pip install 'padfree_patch[cli]'") from error
 
-from . import patching, support, versions
+from . import patching, versions
 from .errors import PadfreeError
+from .measure.texts import FIELDS, read_texts, tokenise
+from .patching import support
 from .registry import registry
-from .texts import FIELDS, read_texts, tokenise
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,7 +69,7 @@ def verify(model: str, tiny: bool, attn: str, as_json: bool, unpatched: bool) ->
 @_model_options
 def bench(model: str, tiny: bool, attn: str, as_json: bool, batch_size: int, steps: int) -> None:
     """Time a training step on MODEL: padded, padding-free, and as many tokens in rows of one length."""
-    from .bench import bench_step
+    from .measure.step import bench_step
 
     result = bench_step(_load(model, tiny, attn), batch_size=batch_size, steps=steps)
     _print(result, as_json)
@@ -87,7 +88,7 @@ def estimate(
     """What padding costs on your own data, and what leaving it out would save; loads no model."""
     from transformers import AutoTokenizer
 
-    from .estimation import estimate as estimate_lengths
+    from .measure.estimation import estimate as estimate_lengths
 
     texts = read_texts(data, fields)
     try:

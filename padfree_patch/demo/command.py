@@ -13,10 +13,10 @@ from typing import Any
 
 import click
 
-from padfree_patch.demo import start
-from padfree_patch.demo.launch import WorkerFailed, run_worker
-from padfree_patch.demo.results import Comparison, Run
-from padfree_patch.texts import read_texts, shuffled, tokenise, train_tokenizer
+from ..measure.texts import read_texts, shuffled, tokenise, train_tokenizer
+from . import start
+from .launch import WorkerFailed, run_worker
+from .results import Comparison, Run
 
 NEEDED = ("accelerate", "matplotlib", "rich")
 SAMPLE = Path(__file__).with_name("instructions.jsonl")
@@ -77,7 +77,7 @@ def demo(
     """
     if missing := [package for package in NEEDED if find_spec(package) is None]:
         raise click.ClickException(f"the demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    from padfree_patch.demo.picture import save_picture
+    from .picture import save_picture
 
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -162,7 +162,7 @@ def show(comparison: Comparison, results: str | None, output: Path) -> None:
     """Print the results: tables, or nothing but JSON if that is given."""
     from rich.console import Console
 
-    from padfree_patch.demo.report import print_report
+    from .report import print_report
 
     if results is not None:
         click.echo(results)

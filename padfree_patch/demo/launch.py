@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from padfree_patch.demo.results import Run
+from .results import Run
 
 LAST_LINES = 15  # of a failed worker's log, shown with the error
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from padfree_patch.demo.results import Comparison
+from .results import Comparison
 
 PADDED, PADDING_FREE = "#b0b7c3", "#1f6feb"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from padfree_patch.demo.results import Comparison
-from padfree_patch.verification import Verification
+from ..verification import Verification
+from .results import Comparison
 
 MB = 1e6
 

@@ -6,8 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
-from padfree_patch.demo import crowding
-from padfree_patch.verification import Verification
+from ..measure import crowding
+from ..verification import Verification
 
 TOLERANCE = 1e-4  # largest difference of the two losses at any step; float32 rounding stays well under it
 

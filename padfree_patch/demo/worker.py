@@ -21,9 +21,10 @@ import transformers
 from torch.utils.data import DataLoader
 
 import padfree_patch
-from padfree_patch import memory
-from padfree_patch.demo import crowding, start
-from padfree_patch.demo.results import Run
+
+from ..measure import crowding, memory
+from . import start
+from .results import Run
 
 Example = dict[str, list[int]]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batch.sequences import PackedSequences
-from .errors import PadfreeError
+from ..batch.sequences import PackedSequences
+from ..errors import PadfreeError
 
 
 def unpack(packed: Tensor, sequences: PackedSequences) -> list[Tensor]:

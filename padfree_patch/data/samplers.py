@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-from .binning import best_fit_decreasing, check_lengths
-from .errors import PadfreeError
+from ..errors import PadfreeError
+from .packing_plan import best_fit_decreasing, check_lengths
 
 
 class TokenBudgetBatchSampler(Sampler[list[int]]):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .errors import PadfreeError
+from ..errors import PadfreeError
 
 SHUFFLES = 5
 """Epochs in random order over which batches are averaged."""

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .binning import check_not_empty, plan_packing
-from .errors import PadfreeError
+from ..errors import PadfreeError
+from .packing_plan import check_not_empty, plan_packing
 
 if TYPE_CHECKING:
     import datasets
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("padfree_patch.dataset")  # the name that is documented
 
 PER_TOKEN = ("labels", "position_ids", "token_type_ids")
 """Columns, beside masks, that have a value per token or are wrong."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from sortedcontainers import SortedList
 
-from .errors import PadfreeError
+from ..errors import PadfreeError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import PadfreeError
+from ..errors import PadfreeError
 
 FIELDS = ("prompt", "completion")
 

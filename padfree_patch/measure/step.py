@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .collators import DataCollatorWithFlattening
-from .patching import applied
+from ..data.flattening import DataCollatorWithFlattening
+from ..patching import applied
 
 
 @dataclasses.dataclass(frozen=True)

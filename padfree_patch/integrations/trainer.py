@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .batch.labels import IGNORED_LABEL
-from .batch.lengths import LENGTH_ARGUMENTS
-from .batch.packed_batch import read_batch
-from .errors import PadfreeError
-from .memory import peak_bytes
-from .patching import check_no_virtual_tokens, is_applied
-from .samplers import TokenBudgetBatchSampler
+from ..batch.labels import IGNORED_LABEL
+from ..batch.lengths import LENGTH_ARGUMENTS
+from ..batch.packed_batch import read_batch
+from ..data.samplers import TokenBudgetBatchSampler
+from ..errors import PadfreeError
+from ..measure.memory import peak_bytes
+from ..patching import check_no_virtual_tokens, is_applied
 
 
 @dataclasses.dataclass
