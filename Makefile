@@ -5,13 +5,16 @@ PYTHON ?= python3
 NOX = .venv/bin/nox
 ARGS =
 
-.PHONY: demo test lint clean
+.PHONY: demo test check lint clean
 
 demo: .venv/ready
 	@$(NOX) -s demo -- $(ARGS)
 
 test: .venv/ready
 	@$(NOX) -s lint wheel tests trl eras -- $(ARGS)
+
+check: .venv/ready
+	@$(NOX) -s lint check -- $(ARGS)
 
 lint: .venv/ready
 	@$(NOX) -s lint

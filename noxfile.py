@@ -1,12 +1,15 @@
-"""What `make test` and `make demo` run. One version alone: .venv/bin/nox -s "tests(4.41.2)" -- -k leak -n 0."""
+"""What `make test`, `check` and `demo` run. One version alone: .venv/bin/nox -s "tests(4.41.2)" -- -k leak -n 0."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,10 +35,32 @@ BESIDE = {
     "4.43.4": ["accelerate==0.33.0", "peft==0.12.0", *NUMPY_1],
     "4.47.1": ["accelerate==1.2.1", "peft==0.14.0", *NUMPY_1],
     "4.57.6": ["accelerate==1.12.0", "peft==0.18.0", *NUMPY_1],
-    "5.23.0": ["accelerate==1.15.0", "peft==0.21.2", "datasets", BITSANDBYTES],
+    "5.24.0": ["accelerate==1.15.0", "peft==0.21.2", "datasets", BITSANDBYTES],
 }
 VERSIONS = list(BESIDE)
-TWO_PROCESSES = ("4.36.2", "4.43.4", "5.23.0")  # a minute each: test_distributed.py
+WHOLE = ("4.41.2", VERSIONS[-1])
+"""Where `make test` runs every test; on the others those marked `versions`. `nox -s full` runs all on all."""
+full_asked_for = False
+SECONDS = Path(".nox", "seconds.txt")
+"""How long each session took, a line each; `.ci/totals.py` prints them."""
+
+TWO_PROCESSES = ("4.36.2", "4.43.4", "5.24.0")  # a minute each: test_distributed.py
+
+
+def timed(session_function: Callable[..., None]) -> Callable[..., None]:
+    """Adds a line to `SECONDS` when the session ends, also by failing."""
+
+    @functools.wraps(session_function)
+    def run(session: nox.Session, *arguments: object, **parameters: object) -> None:
+        start = time.monotonic()
+        try:
+            session_function(session, *arguments, **parameters)
+        finally:
+            SECONDS.parent.mkdir(exist_ok=True)
+            with SECONDS.open("a") as file:
+                print(f"{time.monotonic() - start:.0f} {session.name}", file=file)
+
+    return run
 
 
 def pins(transformers: str) -> list[str]:
@@ -43,6 +68,7 @@ def pins(transformers: str) -> list[str]:
 
 
 @nox.session
+@timed
 def lint(session: nox.Session) -> None:
     """Ruff and mypy."""
     session.install("-e", ".[dev]", *pins("4.57.6"))
@@ -52,6 +78,7 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session
+@timed
 def wheel(session: nox.Session) -> None:
     """The built package works without the repository: tests/wheel_check.py in a new environment elsewhere."""
     check = Path("tests/wheel_check.py").resolve()
@@ -69,14 +96,17 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session
 @nox.parametrize("transformers", [nox.param(version, id=version) for version in VERSIONS])
+@timed
 def tests(session: nox.Session, transformers: str) -> None:
     """The test suite, and the examples in docstrings, on one transformers version."""
     session.install("-e", ".[test]", *pins(transformers))
     report = Path(session.virtualenv.location) / "junit.xml"
     # Two processes of one thread each: the models are too small for torch to fill two cores with one.
     one_thread_offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    two_processes = [] if transformers in TWO_PROCESSES else ["--ignore=tests/test_distributed.py"]
-    arguments = [f"--junitxml={report}", *two_processes, *session.posargs]
+    two_processes = [] if transformers in TWO_PROCESSES or full_asked_for else ["--ignore=tests/test_distributed.py"]
+    newest_only = [] if transformers == VERSIONS[-1] or full_asked_for else ["--ignore=tests/test_processors.py"]
+    chosen = [] if transformers in WHOLE or full_asked_for or session.posargs else ["-m", "versions"]
+    arguments = [f"--junitxml={report}", *two_processes, *newest_only, *chosen, *session.posargs]
     session.run("pytest", "-n2", "--dist=loadgroup", *arguments, env=one_thread_offline)
     if not session.posargs:  # a process of its own, in which transformers finds flash-attn, or what stands in for it
         stand_in = {**one_thread_offline, "PYTHONPATH": "tests/stand_ins", "PADFREE_FLASH_ATTENTION": "1"}
@@ -84,7 +114,44 @@ def tests(session: nox.Session, transformers: str) -> None:
         session.run("pytest", "-n2", f"--junitxml={report}", "tests/flash_attention_2_checks.py", env=stand_in)
 
 
-TRL = {"4.41.2": "trl==0.9.6", "4.43.4": "trl==0.9.6", "5.23.0": "trl==1.16.0"}
+@nox.session(venv_backend="none")
+def full(session: nox.Session) -> None:
+    """Everything on everything, for releases: takes hours."""
+    global full_asked_for
+    full_asked_for = True
+    names = [f"{name}({version})" for name, versions in EVERYWHERE.items() for version in versions]
+    for name in ("lint", "wheel", *names, "deepspeed", "matrix"):
+        session.notify(name, posargs=[])
+
+
+@nox.session
+@timed
+def check(session: nox.Session) -> None:
+    """For people: the quick tests on the newest version, without torch.compile, two processes and the demo."""
+    session.install("-e", ".[test]", *pins(VERSIONS[-1]))
+    arguments = session.posargs or [
+        "-m",
+        "not slow",
+        "--ignore=tests/test_distributed.py",
+        "--ignore=tests/test_saving.py",
+    ]
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    session.run("pytest", "-n2", "--dist=loadgroup", *arguments, env=environment)
+
+
+@nox.session
+def canary(session: nox.Session) -> None:
+    """Conformance, patching, the Trainer and TRL on the newest releases that the index has; not part of CI."""
+    newest = ["transformers", "accelerate", "peft", "trl", "datasets"]
+    session.install("--upgrade", "-e", ".[test]", TORCH, BITSANDBYTES, *newest)
+    session.run("uv", "pip", "list", external=True)
+    files = [f"tests/test_{name}.py" for name in ("exactness", "patching", "masks", "rope", "trainer", "adapters")]
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    session.run("pytest", "-n2", *(session.posargs or files), "-W", "default", env=environment)
+    session.run("pytest", "tests/trl_checks.py", "-W", "default", env=environment)
+
+
+TRL = {"4.41.2": "trl==0.9.6", "4.43.4": "trl==0.9.6", "5.24.0": "trl==1.16.0"}
 
 FLASH_ATTN_ON_CPU = {
     "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE",
@@ -95,11 +162,11 @@ FLASH_ATTN_ON_CPU = {
 """flash-attn's own Triton kernels instead of its CUDA ones, interpreted on the CPU."""
 
 
+FLASH_ATTN = ["4.35.2", "4.42.4", "4.47.1", "4.52.4", "5.0.0", "5.24.0"]
+
+
 @nox.session
-@nox.parametrize(
-    "transformers",
-    [nox.param(version, id=version) for version in ("4.35.2", "4.42.4", "4.47.1", "4.52.4", "5.0.0", "5.23.0")],
-)
+@nox.parametrize("transformers", [nox.param(version, id=version) for version in FLASH_ATTN])
 def flash_attn(session: nox.Session, transformers: str) -> None:
     """Models and backend on the real flash-attn package, without a GPU; one version of each era."""
     # Triton 3.9's autotuner rejects a name in these kernels, and its interpreter of 3.3 needs numpy 1.
@@ -113,6 +180,7 @@ def flash_attn(session: nox.Session, transformers: str) -> None:
 
 @nox.session
 @nox.parametrize("transformers", [nox.param(version, id=version) for version in TRL])
+@timed
 def trl(session: nox.Session, transformers: str) -> None:
     """SFTTrainer with our collators, on a TRL of the time of each transformers version."""
     session.install("-e", ".[test]", *pins(transformers), TRL[transformers])
@@ -143,31 +211,35 @@ LAST_PATCHES = [
     "4.45.2", "4.46.3", "4.47.1", "4.48.3", "4.49.0", "4.50.3", "4.51.3", "4.52.4", "4.53.3", "4.54.1", "4.55.4",
     "4.56.2", "4.57.6", "5.0.0", "5.1.0", "5.2.0", "5.3.0", "5.4.0", "5.5.4", "5.6.2", "5.7.0", "5.8.1", "5.9.0",
     "5.10.4", "5.11.0", "5.12.1", "5.13.1", "5.14.1", "5.15.1", "5.16.1", "5.17.0", "5.18.0", "5.19.0", "5.20.2",
-    "5.21.1", "5.22.2", "5.23.0",
+    "5.21.1", "5.22.2", "5.23.0", "5.24.0",
 ]
 """The last patch release of every transformers minor."""
 
 ENDS_OF_ERAS = [
     "4.34.1", "4.35.2", "4.36.2", "4.37.2", "4.38.2", "4.42.4", "4.43.4", "4.47.1", "4.48.3", "4.52.4", "4.53.3",
-    "5.0.0", "5.10.4", "5.23.0",
+    "5.0.0", "5.10.4", "5.24.0",
 ]
 # fmt: on
 """Where transformers changed how attention is reached: the first and the last version of each way."""
 
 
+EVERYWHERE = {"tests": VERSIONS, "trl": list(TRL), "flash_attn": FLASH_ATTN}
+
+
 @nox.session(venv_backend="none")
 def matrix(session: nox.Session) -> None:
     """Every patch, variant and implementation on every minor, or on the versions given; writes docs/support.md."""
-    _matrix(session, session.posargs or LAST_PATCHES, "--merge")
+    _matrix(session, session.posargs or LAST_PATCHES, "--merge", "--natively")
 
 
 @nox.session(venv_backend="none")
+@timed
 def eras(session: nox.Session) -> None:
     """The matrix on the first and last version of each era, compared with docs/support.json."""
-    _matrix(session, ENDS_OF_ERAS, "--compare")
+    _matrix(session, [*ENDS_OF_ERAS, "4.57.6"], "--compare")  # the one between, on which `tests` runs marked tests only
 
 
-def _matrix(session: nox.Session, chosen: list[str], what_then: str) -> None:
+def _matrix(session: nox.Session, chosen: list[str], what_then: str, *options: str) -> None:
     """Runs tests/matrix.py on the built wheel, two versions at a time, each in an environment of its own."""
     folder = Path(".nox", "matrix").resolve()
     shutil.rmtree(folder / "verdicts", ignore_errors=True)
@@ -182,7 +254,7 @@ def _matrix(session: nox.Session, chosen: list[str], what_then: str) -> None:
         steps = [
             [uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder / version)],
             [uv, "pip", "install", "--quiet", "--python", python, *packages],
-            [python, "tests/matrix.py", str(folder / "verdicts" / f"{version}.json")],
+            [python, "tests/matrix.py", str(folder / "verdicts" / f"{version}.json"), *options],
         ]
         environment = {**os.environ, "PYTHONPATH": "tests/stand_ins", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         for step in steps:

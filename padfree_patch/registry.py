@@ -41,7 +41,7 @@ class Patch:
     decoder: str
     """Name of the class whose forward builds the attention mask and runs the layers."""
     transformers: str
-    """Versions that the tests ran on, such as ">=4.36,<5.24"."""
+    """Versions that the tests ran on, such as ">=4.36,<5.25"."""
     tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     """Config values of a model small enough for a test, on top of `padfree_patch.testing.TINY`."""
     upstream_refuses: Callable[[Any], str | None] | None = None

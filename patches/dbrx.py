@@ -15,7 +15,7 @@ PATCH = Patch(
     model_type="dbrx",
     attention="DbrxAttention",
     decoder="DbrxModel",
-    transformers=">=4.40,<5.24",
+    transformers=">=4.40,<5.25",
     tiny={
         "d_model": 48,
         "n_heads": 6,

@@ -80,7 +80,7 @@ PATCH = Patch(
     model_type="falcon",
     attention="FalconAttention",
     decoder="FalconModel",
-    transformers=">=4.34,<5.24",
+    transformers=">=4.34,<5.25",
     tiny={"num_kv_heads": 2, "new_decoder_architecture": True},
     attention_call=attention_call,
     quirks=quirks,

@@ -11,7 +11,7 @@ PATCH = Patch(
     model_type="gemma",
     attention="GemmaAttention",
     decoder="GemmaModel",
-    transformers=">=4.38,<5.24",
+    transformers=">=4.38,<5.25",
     tiny={"head_dim": 16},
     variants={"one key head": {"num_key_value_heads": 1}, "biases": {"attention_bias": True}},
 )

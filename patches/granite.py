@@ -11,7 +11,7 @@ PATCH = Patch(
     model_type="granite",
     attention="GraniteAttention",
     decoder="GraniteModel",
-    transformers=">=4.45,<5.24",
+    transformers=">=4.45,<5.25",
     tiny={"attention_multiplier": 0.3, "residual_multiplier": 0.7, "embedding_multiplier": 2.0, "logits_scaling": 1.5},
     variants={
         "biases": {"attention_bias": True},

@@ -12,7 +12,7 @@ PATCH = Patch(
     model_type="llama",
     attention="LlamaAttention",
     decoder="LlamaModel",
-    transformers=">=4.34,<5.24",
+    transformers=">=4.34,<5.25",
     variants={
         "all key heads": {"num_key_value_heads": 6},
         "one key head": {"num_key_value_heads": 1},

@@ -13,7 +13,7 @@ PATCH = Patch(
     model_type="mistral",
     attention="MistralAttention",
     decoder="MistralModel",
-    transformers=">=4.34,<5.24",
+    transformers=">=4.34,<5.25",
     variants={
         "window": {"sliding_window": 4},
         "no window": {"sliding_window": None},

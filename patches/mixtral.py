@@ -13,7 +13,7 @@ PATCH = Patch(
     model_type="mixtral",
     attention="MixtralAttention",
     decoder="MixtralModel",
-    transformers=">=4.36,<5.24",
+    transformers=">=4.36,<5.25",
     tiny={"num_local_experts": 4},
     variants={"window": {"sliding_window": 4}, "no window": {"sliding_window": None}},
 )

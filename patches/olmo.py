@@ -11,7 +11,7 @@ PATCH = Patch(
     model_type="olmo",
     attention="OlmoAttention",
     decoder="OlmoModel",
-    transformers=">=4.40,<5.24",
+    transformers=">=4.40,<5.25",
     variants={
         "clipped": {"clip_qkv": 0.05},
         "one key head": {"num_key_value_heads": 1},

@@ -11,7 +11,7 @@ PATCH = Patch(
     model_type="phi",
     attention="PhiAttention",
     decoder="PhiModel",
-    transformers=">=4.36,<5.24",
+    transformers=">=4.36,<5.25",
     tiny={"resid_pdrop": 0.0},
     variants={
         "all key heads": {"num_key_value_heads": 6},

@@ -20,7 +20,7 @@ PATCH = Patch(
     model_type="phi3",
     attention="Phi3Attention",
     decoder="Phi3Model",
-    transformers=">=4.41,<5.24",
+    transformers=">=4.41,<5.25",
     tiny={"resid_pdrop": 0.0},
     variants={
         "window": {"sliding_window": 4},

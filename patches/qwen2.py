@@ -12,7 +12,7 @@ PATCH = Patch(
     model_type="qwen2",
     attention="Qwen2Attention",
     decoder="Qwen2Model",
-    transformers=">=4.37,<5.24",
+    transformers=">=4.37,<5.25",
     variants={
         "window on all layers": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
         "window on some layers": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},

@@ -11,7 +11,7 @@ PATCH = Patch(
     model_type="qwen2_moe",
     attention="Qwen2MoeAttention",
     decoder="Qwen2MoeModel",
-    transformers=">=4.40,<5.24",
+    transformers=">=4.40,<5.25",
     tiny={
         "num_experts": 4,
         "num_experts_per_tok": 2,

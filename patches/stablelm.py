@@ -11,7 +11,7 @@ PATCH = Patch(
     model_type="stablelm",
     attention="StableLmAttention",
     decoder="StableLmModel",
-    transformers=">=4.38,<5.24",
+    transformers=">=4.38,<5.25",
     variants={
         "norms of q and k": {"qk_layernorm": True},
         "parallel": {"use_parallel_residual": True},

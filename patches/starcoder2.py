@@ -11,7 +11,7 @@ PATCH = Patch(
     model_type="starcoder2",
     attention="Starcoder2Attention",
     decoder="Starcoder2Model",
-    transformers=">=4.39,<5.24",
+    transformers=">=4.39,<5.25",
     tiny={"residual_dropout": 0.0, "embedding_dropout": 0.0},
     variants={
         "window": {"sliding_window": 4},

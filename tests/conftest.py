@@ -23,7 +23,7 @@ MACHINERY = [patch for patch in PATCHES if patch.model_type in ("llama", "mistra
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Tiny tensors: threads only cost time here, and the suite runs one process per core."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("PADFREE_TEST_THREADS", "1")))  # test_processors.py wants more
 
 
 @pytest.fixture

@@ -1,12 +1,14 @@
 """Runs every check on every variant of every patch in this environment, and writes the verdicts as JSON.
 
-python tests/matrix.py OUTPUT.json         one version's verdicts
+python tests/matrix.py OUTPUT.json         one version's verdicts; with --natively, also whether upstream needs no patch
 python tests/matrix.py --merge FOLDER      all of them into docs/support.json, docs/support.md and the package's table
 python tests/matrix.py --compare FOLDER    fails if they are not what docs/support.json says
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import sys
 import warnings
@@ -25,6 +27,9 @@ from padfree_patch.testing import CHECKS, Unavailable, UpstreamFails, conformanc
 
 ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "docs" / "support.json"
+
+NATIVELY = "--natively" in sys.argv
+"""Whether to run the unpatched model too. --compare takes exact and native-exact for one."""
 
 Cells = dict[str, dict[str, dict[str, dict[str, str]]]]
 """version -> model type -> implementation -> variant -> verdict."""
@@ -50,15 +55,13 @@ def verdict(patch: Patch, implementation: str, config: dict[str, Any]) -> str:
     double = implementation == "flash_attention_2" and versions.inside(versions.transformers_version(), "<4.37")
     torch.set_default_dtype(torch.float64 if double else torch.float32)
 
-    def make() -> Any:
-        return tiny_model(patch, implementation, **config)
-
     try:
-        model = make()
+        model = tiny_model(patch, implementation, **config)
     except UpstreamFails as error:
         return f"upstream fails: {first_line(error)}"
     except Unavailable as reason:
         return f"absent: {first_line(reason)}"
+    make = functools.partial(copy.deepcopy, copy.deepcopy(model))  # never run: rotaries remember what they have seen
     if failure := failure_of(lambda: model(input_ids=torch.arange(3, 9).unsqueeze(0))):
         return f"upstream fails: {failure}"
     try:
@@ -76,8 +79,10 @@ def verdict(patch: Patch, implementation: str, config: dict[str, Any]) -> str:
             gaps[check] = f"{check.__name__}: {failure}"
     if conformance.check_logits in gaps:
         return f"upstream fails: {gaps[conformance.check_logits]}"
+    if failure := failure_of(lambda: patching.apply(make())):
+        return f"wrong: verify: {failure}"
     done = [check for check in checks if check not in gaps]
-    natively = all(failure_of(lambda c=check: c(make, patched=False)) is None for check in done)
+    natively = NATIVELY and all(failure_of(lambda c=check: c(make, patched=False)) is None for check in done)
     return ("native-exact" if natively else "exact") + "".join(f": but upstream fails {gap}" for gap in gaps.values())
 
 
@@ -105,7 +110,7 @@ def merge(folder: Path) -> None:
         }
         for version, row in found.items()
     }
-    support.FILE.write_text(json.dumps(words, indent=0) + "\n")
+    (ROOT / "padfree_patch" / support.FILE.name).write_text(json.dumps(words, indent=0) + "\n")  # not the wheel's
     (ROOT / "docs" / "support.md").write_text(page(found))
 
 
@@ -118,7 +123,8 @@ def compare(folder: Path) -> None:
         for model_type, implementations in row.items()
         for implementation, variants in implementations.items()
         for variant, said in variants.items()
-        if said != (known := table[version][model_type].get(implementation, {}).get(variant))
+        if said
+        != (known := table[version][model_type].get(implementation, {}).get(variant, "")).removeprefix("native-")
     ]
     if changed:
         sys.exit("\n".join(changed))
@@ -201,6 +207,7 @@ def page(found: Cells) -> str:
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    conformance.applied = functools.partial(patching.applied, verify=False)  # `verdict` verifies each model once
     result = verdicts()
     Path(sys.argv[1]).write_text(json.dumps(result))
     counts = Counter(said.split(":")[0] for each in result.values() for row in each.values() for said in row.values())

@@ -10,6 +10,8 @@ import padfree_patch
 from padfree_patch import PackedSequences, PadfreeError
 from padfree_patch.testing import examples, pack
 
+pytestmark = pytest.mark.versions
+
 
 @pytest.fixture
 def batch():

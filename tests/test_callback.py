@@ -18,6 +18,9 @@ from padfree_patch import (
 )
 from padfree_patch.testing import SyncCounter
 
+pytestmark = pytest.mark.versions
+
+
 LENGTHS = [5, 9, 2, 12, 7, 7, 3, 4]
 FIGURES = {"tokens_per_second", "padding_saved", "sequences_per_row", "longest_row", "peak_memory_gib"}
 

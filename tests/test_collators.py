@@ -20,6 +20,9 @@ from padfree_patch import (
 )
 from padfree_patch.testing import conformance, examples
 
+pytestmark = pytest.mark.versions
+
+
 FEATURES = [
     {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 1, 1]},
     {"input_ids": torch.tensor([8]), "labels": torch.tensor([8])},

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import assert_exact
+from conftest import MACHINERY, assert_exact
 
 import padfree_patch
 from padfree_patch.testing import conformance, examples, pack
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(patch, marks=pytest.mark.versions) if patch.model_type == "llama" else patch for patch in MACHINERY
+    ],
+    ids=lambda patch: patch.model_type,
+)
+def patch(request):
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +61,7 @@ def test_compiled_graphs_of_other_models_are_not_taken(make, batch, alone, order
     padfree_patch.restore(patched)
 
 
+@pytest.mark.versions
 def test_ordinary_call_stays_one_graph(llama):
     (ids,) = examples((9,))
     expected = torch.compile(llama, backend="eager", fullgraph=True)(input_ids=ids, use_cache=False).logits

@@ -8,6 +8,8 @@ import torch
 from padfree_patch import DataCollatorWithFlattening, applied
 from padfree_patch.testing import LargestTensor, SyncCounter, examples, pack
 
+pytestmark = pytest.mark.versions
+
 
 def syncs_of(model, batch) -> int:
     model(**batch)  # what is measured once per process (windows) is measured

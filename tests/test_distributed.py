@@ -11,7 +11,10 @@ from comparison import SAME_WEIGHTS, assert_same_training
 from test_trainer import flattening, trained
 from transformers import TrainingArguments
 
-pytestmark = pytest.mark.xdist_group("distributed")  # `both` is made once, not by each of pytest's processes
+pytestmark = [
+    pytest.mark.versions,  # on three of them: noxfile.py
+    pytest.mark.xdist_group("distributed"),  # `both` is made once, not by each of pytest's processes
+]
 
 AVERAGES_OVER_RANKS = getattr(TrainingArguments, "average_tokens_across_devices", False)
 """Whether the Trainer, as it comes, takes the mean over all ranks' tokens and not the mean of the ranks' means."""

@@ -13,6 +13,9 @@ from two_processes import dispatching
 from padfree_patch.batch.sequences import PackedSequences
 from padfree_patch.measure.texts import train_tokenizer
 
+pytestmark = pytest.mark.versions
+
+
 PAGE = Path(__file__).parents[1] / "docs" / "training.md"
 
 
@@ -42,3 +45,23 @@ def test_training_page(llama, tmp_path, monkeypatch):
     assert isinstance(names["sequences"], PackedSequences)
     torch.testing.assert_close(names["pooled"][1], names["second"][-1])
     assert names["log_probs"].shape == (2,)
+
+
+FAULTS = PAGE.with_name("faults.md")
+
+
+def test_every_fault_is_still_found_by_a_test():
+    """What docs/faults.md names exists, and carries the mark where the page says so."""
+    here = Path(__file__).parent
+    texts = {path.name: path.read_text() for path in here.rglob("*.py") if path.name != Path(__file__).name}
+    for row in FAULTS.read_text().splitlines():
+        if not row.startswith("| ") or row.startswith("| fault"):
+            continue
+        _, _, tests, runs = row.strip("| ").split(" | ")
+        files = []
+        for name in re.findall(r"`(test_\w+(?:\.py)?|\w+_checks?\.py)`", tests):
+            found = [text for file, text in texts.items() if file == name or f"def {name}(" in text]
+            assert found, f"{name} is no test any more"
+            files += found
+        if runs.startswith("marked"):
+            assert any("mark.versions" in text for text in files), row

@@ -1,6 +1,7 @@
 """Promise 1: a packed row gives what each example gives alone; every architecture on eager and sdpa.
 
-Their variants, and flash_attention_2, are in the matrix (`nox -s eras`, `nox -s matrix`).
+Their variants, and flash_attention_2, are in the matrix (`nox -s eras`, `nox -s matrix`). It makes the same checks, so
+`test_patched_model_passes` has no mark `versions`: on the versions that run marked tests only, `nox -s eras` checks.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ def test_patched_model_passes(check, patch, implementation):
     check(make)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("check", FAIL_UNPATCHED, ids=_id)
 def test_unpatched_model_fails(check, make):
     with pytest.raises(AssertionError):
         check(make, patched=False)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("patch", ROUTED, ids=_id)
 def test_router_losses_are_the_padded_batchs(patch, implementation):
     def make():
@@ -52,11 +55,13 @@ def test_router_losses_are_the_padded_batchs(patch, implementation):
         conformance.check_router_losses(make, patched=False)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_gradients_survive_checkpointing(make, reentrant):
     conformance.check_gradients(make, prepare=conformance.checkpointing(reentrant=reentrant))
 
 
+@pytest.mark.versions
 def test_loss_is_the_padded_batchs(make):
     sequences = examples((5, 9, 1, 12))
     with torch.no_grad():
@@ -66,6 +71,7 @@ def test_loss_is_the_padded_batchs(make):
             torch.testing.assert_close(model(**batch, labels=batch["input_ids"]).loss, expected)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_is_no_worse_than_upstreams(make, dtype):
     """Bound: upstream's own error against float32, alone, with a factor for the luck of rounding."""
@@ -77,6 +83,7 @@ def test_half_precision_is_no_worse_than_upstreams(make, dtype):
     assert (packed.float() - exact).norm() < 1.5 * (upstream.float() - exact).norm()
 
 
+@pytest.mark.versions
 def test_positions_may_start_elsewhere(make):
     """Rope sees differences of positions only: an example that starts at 3 has the logits of one that starts at 0."""
     sequences = examples((5, 9))
@@ -88,6 +95,7 @@ def test_positions_may_start_elsewhere(make):
     assert conformance.largest(packed - alone) < conformance.LOGIT_TOLERANCE * conformance.largest(alone)
 
 
+@pytest.mark.versions
 def test_dropout_is_isolated_and_random(make):
     """In train mode the attention weights are dropped at random, but B still does not depend on A."""
     model = make(attention_dropout=0.5).train()
@@ -106,6 +114,7 @@ def test_dropout_is_isolated_and_random(make):
         assert not torch.equal(run(a), model(**pack([a, b])).logits[:, 9:])
 
 
+@pytest.mark.versions
 def test_no_dropout_where_upstream_applies_none(implementation):
     """Falcon with rotary drops nothing on eager and sdpa, whatever its config says; with ALiBi it does."""
 
@@ -121,6 +130,7 @@ def test_no_dropout_where_upstream_applies_none(implementation):
         assert not torch.equal(model(**pack(sequences)).logits, model(**pack(sequences)).logits)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", ["labels", "shift_labels"])
 def test_boundaries_are_ignored_whatever_the_labels_say(make, name):
     if name == "shift_labels" and TRANSFORMERS < (4, 57):
@@ -136,6 +146,7 @@ def test_boundaries_are_ignored_whatever_the_labels_say(make, name):
         torch.testing.assert_close(model(**batch, **extra).loss.item(), loss, rtol=2e-6, atol=0)
 
 
+@pytest.mark.versions
 def test_static_cache_with_left_padding(make):
     """generate then passes a 4-D mask beside positions such as 1, 1, 0, 1: ordinary."""
     if TRANSFORMERS < (4, 45):

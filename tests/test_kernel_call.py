@@ -8,12 +8,17 @@ import pytest
 import torch
 
 from padfree_patch import PackedSequences, PadfreeError
+from padfree_patch.batch.packed_batch import PackedBatch
 from padfree_patch.seams import flash_attn
 from padfree_patch.seams.attention import KernelMode
 from padfree_patch.seams.kernel import PackedKernel
 from padfree_patch.seams.stand_in import CAUSAL
 from padfree_patch.seams.under_way import running
+from padfree_patch.testing import SyncCounter
 from padfree_patch.wrapping.seam import wrapped
+
+pytestmark = pytest.mark.versions
+
 
 SEQUENCES = PackedSequences.from_lengths((2, 3))
 
@@ -114,3 +119,33 @@ def test_a_softcap_reaches_the_backend():
     with kernel():
         plain, capped = call_flash(causal=True), call_flash(causal=True, softcap=0.5)
     assert not torch.allclose(plain, capped)
+
+
+BATCH = PackedBatch(SEQUENCES, torch.tensor([[0, 1, 0, 1, 2]]))
+
+
+@contextmanager
+def kernel_with_positions(positions):
+    packed = PackedKernel(torch.nn.Identity(), SEQUENCES, CAUSAL, "sdpa")
+    with running(kernel=packed), KernelMode(packed, positions, BATCH):
+        yield
+
+
+def test_maximum_of_other_tensors_is_their_own():
+    """A router or an adapter may take the maximum of integers of its own while the module runs."""
+    experts = torch.tensor([3, 7, 1])
+    positions = BATCH.positions_from_zero
+    with kernel_with_positions(positions):
+        assert experts.max().item() == 7
+        assert experts[:1].max().item() == 3
+        assert positions[0].max().item() == 2
+        assert positions[:, 0].max().item() == 0
+
+
+def test_last_positions_are_known_without_a_sync():
+    """Classes for flash-attn before 4.48 ask so for the size of their rotary tables, in every layer."""
+    for positions, largest in ((BATCH.positions_from_zero, 2), (torch.arange(5)[None], 4)):
+        with kernel_with_positions(positions), SyncCounter() as syncs:
+            found = positions[:, -1].max().item()
+        assert (found, syncs.total) == (largest, 0)
+        assert found == positions[:, -1].max().item()

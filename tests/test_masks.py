@@ -15,6 +15,9 @@ from padfree_patch.seams.window import measured
 from padfree_patch.testing import tiny_model
 from padfree_patch.wrapping.call import Call
 
+pytestmark = pytest.mark.versions
+
+
 CONFIGS = [
     ("mistral", {"sliding_window": 4}),
     ("mistral", {"sliding_window": None}),

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import inspect
 import io
+import logging
 import pickle
 import subprocess
 import sys
@@ -18,12 +19,14 @@ import torch
 from conftest import assert_exact
 
 import padfree_patch
-from padfree_patch import PadfreeError, patching
+from padfree_patch import PadfreeError, patching, verification
 from padfree_patch.registry import registry
 from padfree_patch.seams import mask
 from padfree_patch.testing import conformance, examples, tiny_model
 from padfree_patch.wrapping import opt_in, seam
 from padfree_patch.wrapping.opt_in import OptIn
+
+pytestmark = pytest.mark.versions
 
 
 def snapshot(model) -> dict:
@@ -111,13 +114,50 @@ def test_failed_verification_rolls_back(make, monkeypatch):
     assert snapshot(model) == before
 
 
+class OneExampleOnly(torch.nn.Module):
+    """A layer around another that fails on rows as long as the probe's packed one."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, hidden_states, **kwargs):
+        if hidden_states.shape[1] == sum(verification.LENGTHS):
+            raise IndexError("too long")
+        return self.layer(hidden_states, **kwargs)
+
+
 def test_model_that_cannot_run_a_packed_row_is_refused(llama):
     """Whatever upstream raises: it is ours to say, and the model is as it was."""
-    llama.model.layers[1] = torch.nn.Linear(2, 2)
+    llama.model.layers[1] = OneExampleOnly(llama.model.layers[1])
     before = snapshot(llama)
-    with pytest.raises(PadfreeError, match=r"llama: the patched model can't run a packed row: .* it was put back"):
+    with pytest.raises(PadfreeError, match=r"llama: the patched model can't run a packed row: IndexError.* put back"):
         padfree_patch.apply(llama)
     assert snapshot(llama) == before
+
+
+def test_model_that_cannot_run_unpatched_either_is_not_called_ours(llama):
+    """The control is the test before: the same error, of a model that runs unpatched."""
+    llama.model.layers[1] = torch.nn.Linear(2, 2)
+    before = snapshot(llama)
+    says = r"LlamaForCausalLM fails without padfree_patch too, .*transformers [45]\..*Error\(.*put back.*verify=False"
+    with pytest.raises(PadfreeError, match=says):
+        padfree_patch.apply(llama)
+    assert snapshot(llama) == before
+
+
+def test_whose_error_it_is_leaves_an_earlier_patch(llama):
+    padfree_patch.apply(llama, backend="sdpa")
+    llama.model.layers[1] = torch.nn.Linear(2, 2)
+    with pytest.raises(PadfreeError, match="fails without padfree_patch too"):
+        padfree_patch.apply(llama, backend="auto")
+    assert OptIn.of(llama).backend == "sdpa"
 
 
 def test_unverifiable_model_is_patched_with_a_warning():
@@ -311,10 +351,44 @@ def test_applied_puts_the_backend_back(llama):
     assert OptIn.of(llama).backend == "auto"
 
 
-def test_untested_version_warns_and_works(llama, monkeypatch):
-    monkeypatch.setattr(padfree_patch.versions, "transformers_version", lambda: padfree_patch.versions.Version("9.0"))
-    with pytest.warns(UserWarning, match="llama was tested on transformers .*, this is 9.0. Leave verify=True"):
-        padfree_patch.apply(llama)
+PASSED = padfree_patch.Verification(
+    "Tiny", logit_change=0.0, leaked_gradient=0.0, alone_error=0.0, alone_tolerance=1e-5
+)
+
+
+@pytest.fixture(params=["4.20.0", "9.0"])
+def untested(request, monkeypatch) -> str:
+    running = padfree_patch.versions.Version(request.param)
+    monkeypatch.setattr(patching.versions, "transformers_version", lambda: running)
+    return request.param
+
+
+def test_untested_version_is_a_note_in_the_log_once_verified(llama, untested, monkeypatch, caplog):
+    monkeypatch.setattr(verification, "verify", lambda model: PASSED)
+    caplog.set_level(logging.INFO, logger="padfree_patch")
+    padfree_patch.apply(llama)  # a warning would be an error here
+    assert f"this is {untested}; the check of the model itself passed" in caplog.text
+
+
+def test_untested_version_warns_if_nothing_was_verified(llama, untested, caplog):
+    caplog.set_level(logging.INFO, logger="padfree_patch")
+    with pytest.warns(UserWarning, match=f"llama was tested on transformers .*, this is {untested}. Leave verify=True"):
+        padfree_patch.apply(llama, verify=False)
+    assert patching.is_applied(llama) and not caplog.text
+
+
+def test_untested_version_warns_if_the_check_was_skipped(llama, untested):
+    with pytest.warns(UserWarning) as caught:
+        padfree_patch.apply(llama.to("meta"))
+    assert ["could not check" in str(each.message) for each in caught] == [True, False]
+    assert f"this is {untested}" in str(caught[1].message)
+
+
+def test_tested_version_says_nothing(llama, caplog):
+    """The control."""
+    caplog.set_level(logging.INFO, logger="padfree_patch")
+    padfree_patch.apply(llama, verify=False)
+    assert not caplog.text
 
 
 def test_restore_in_another_thread_does_not_take_the_patch_away(make, batch, alone, monkeypatch):

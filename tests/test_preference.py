@@ -20,6 +20,9 @@ from padfree_patch import (
 )
 from padfree_patch.testing import conformance
 
+pytestmark = pytest.mark.versions
+
+
 PAIRS = [((4, 9), (5, 7, 1), (6, 1)), ((8,), (3, 1), (2, 9, 9, 9, 1)), ((7, 7, 7), (9, 1), (4, 5, 1))]
 
 

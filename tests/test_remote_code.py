@@ -15,6 +15,9 @@ from padfree_patch import PadfreeError, apply, verify
 from padfree_patch.registry import registry
 from padfree_patch.testing import CHECKS, tiny_model
 
+pytestmark = pytest.mark.versions
+
+
 NAME = "transformers.models.llama.modeling_remote_llama"  # its relative imports are those of the original's folder
 
 

@@ -9,6 +9,9 @@ from padfree_patch import applied
 from padfree_patch.registry import registry
 from padfree_patch.testing import conformance, examples, pack, tiny_model
 
+pytestmark = pytest.mark.versions
+
+
 DYNAMIC = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 16}
 
 

@@ -12,6 +12,9 @@ from conftest import PATCHES, skip_if_unavailable
 from padfree_patch import PackedSequences, applied
 from padfree_patch.testing import conformance, examples, pack, tiny_model
 
+pytestmark = pytest.mark.versions
+
+
 LENGTHS = (5, 9, 4)
 
 

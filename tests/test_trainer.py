@@ -18,6 +18,9 @@ from padfree_patch import (
     versions,
 )
 
+pytestmark = pytest.mark.versions
+
+
 LENGTHS = [5, 9, 2, 12, 7, 17, 3, 4, 6, 11, 2, 8, 13, 5, 9, 4, 6, 3, 10, 7]
 COUNTS_FIRST_TOKENS = versions.inside(versions.transformers_version(), ">=4.46,<5.10")
 """Whether the Trainer divides by a number of labels in which those that nothing predicts are counted."""

@@ -11,6 +11,8 @@ import padfree_patch
 from padfree_patch.registry import registry
 from padfree_patch.testing import tiny_model
 
+pytestmark = pytest.mark.versions
+
 
 def test_finds_the_leak_of_upstream_and_its_first_module(make):
     model = make()
@@ -129,6 +131,21 @@ def test_runs_a_model_that_needs_autocast_under_autocast(make, batch):
         assert not padfree_patch.verify(model)
     with padfree_patch.applied(model):
         assert padfree_patch.verify(model)
+
+
+def test_runs_every_layer_as_in_training(make):
+    """Without gradients a layer may take another path: bitsandbytes' 4-bit ones then rewrite their weights."""
+    model, with_gradients = make(), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda module, inputs: with_gradients.append(inputs[0].requires_grad))
+    padfree_patch.apply(model.requires_grad_(False))
+    with torch.no_grad():
+        padfree_patch.verify(model)
+    assert with_gradients and all(with_gradients)
+    with torch.no_grad():  # the control
+        model(input_ids=torch.arange(3, 9).unsqueeze(0))
+    assert not all(with_gradients)
 
 
 def test_measures_only_the_decoder_if_the_head_gives_one_result_per_row(llama):

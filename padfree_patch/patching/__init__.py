@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,15 +40,14 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
     """
     attention.check_name(backend)
     planned = plan(model)
-    _warn_if_untested(planned.patch)
     before = _backends(model)
     new = [module for module in planned.modules if OptIn.of(module) is None]
     try:
         _opt_in(planned, new, backend)
         for opt_in in before:
             opt_in.backend = backend
-        if verify:
-            _verify(planned.patch, model)
+        verified = verify and _verify(planned.patch, model)
+        _report_if_untested(planned.patch, verified=verified)
     except BaseException:
         _opt_out(new)
         for opt_in, old in before.items():
@@ -118,22 +118,32 @@ def _remove_unused() -> None:
         measured.clear()
 
 
-def _warn_if_untested(patch: Patch) -> None:
+def _report_if_untested(patch: Patch, *, verified: bool) -> None:
+    """Notes in the log that this transformers is outside the tested range, or warns if the model was not checked."""
     version = versions.transformers_version()
-    if not versions.inside(version, patch.transformers):
+    if versions.inside(version, patch.transformers):
+        return
+    untested = f"{patch.model_type} was tested on transformers {patch.transformers}, this is {version}"
+    if verified:
+        logging.getLogger("padfree_patch").info("%s; the check of the model itself passed", untested)
+    else:
         warnings.warn(
-            f"padfree_patch: {patch.model_type} was tested on transformers {patch.transformers}, this is {version}. "
-            "Leave verify=True, which checks the model itself, and tell us whether it passed",
+            f"padfree_patch: {untested}. Leave verify=True, which checks the model itself",
             stacklevel=3,
         )
 
 
-def _verify(patch: Patch, model: nn.Module) -> None:
+def _verify(patch: Patch, model: nn.Module) -> bool:
+    """Returns whether the model could be checked.
+
+    Raises PadfreeError if the model can't run or gives no finite logits, LeakError if examples mix.
+    """
     try:
         result = verification.verify(model)
     except PadfreeError:
         raise
     except Exception as error:
+        _raise_if_upstream_fails(model)
         raise PadfreeError(
             f"{patch.model_type}: the patched model can't run a packed row: {error!r} on transformers "
             f"{versions.transformers_version()} (patch tested on {patch.transformers}); it was put back as it was"
@@ -144,5 +154,26 @@ def _verify(patch: Patch, model: nn.Module) -> None:
             "Call padfree_patch.verify(model) once the weights are there, or pass verify=False",
             stacklevel=3,
         )
-    elif not result:
+        return False
+    if not result:
         raise result.error("the patched model", outcome="it was put back as it was")
+    return True
+
+
+def _raise_if_upstream_fails(model: nn.Module) -> None:
+    """Raises PadfreeError if the model can't run one example alone either, as it is without its patches."""
+    patched = [(module, opt_in) for module in model.modules() if (opt_in := OptIn.of(module))]
+    for module, _ in patched:
+        OptIn.detach(module)
+    try:
+        verification.run_alone(model)
+    except Exception as error:
+        raise PadfreeError(
+            f"{type(model).__name__} fails without padfree_patch too, on an ordinary call with one example (the error "
+            f"comes from transformers {versions.transformers_version()} or the model's own layers): {error!r}. So "
+            "it could not be checked, and it was put back as it was. Make such a call work first, or pass "
+            "verify=False if the model can run only later"
+        ) from error
+    finally:
+        for module, opt_in in patched:
+            opt_in.attach(module)

@@ -118,6 +118,8 @@ def _verdict(result: Verification) -> str:
         return f"not measured, {result.skipped}"
     if result.ok:
         return "examples do not mix, and each gives what it gives alone"
+    if not result.finite:
+        return "the logits are not finite, so nothing can be said; look at the weights"
     where = f", first in {result.first_leak}" if result.first_leak else ""
     return (
         f"EXAMPLES MIX: changing one moves the other's logits by {result.logit_change:.2g}{where}"

@@ -19,7 +19,7 @@ from .probe import LENGTHS, TOLERANCE_EPS, Probe, largest
 from .result import Verification
 from .untouched import untouched, unwrapped, why_it_cannot_run
 
-__all__ = ["LENGTHS", "Verification", "rounding_of_neighbours", "run_packed", "verify"]
+__all__ = ["LENGTHS", "Verification", "rounding_of_neighbours", "run_alone", "run_packed", "verify"]
 
 _ROUTER = re.compile(r"(^|\.)(experts|router)(\.|$)")
 """Names of submodules that mixtures of experts have, in every version."""
@@ -78,9 +78,19 @@ def _why_alone_is_refused(model: nn.Module) -> str | None:
     return patch.upstream_refuses(config) if patch is not None and patch.upstream_refuses is not None else None
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def run_packed(model: nn.Module) -> None:
     """Makes one packed forward of the probe's two examples; for hooks that look at what reaches the layers."""
     with untouched(model):
         probe = Probe(unwrapped(model))
         probe.packed(probe.a)
+
+
+@torch.enable_grad()
+def run_alone(model: nn.Module) -> None:
+    """Runs one of the probe's examples alone, unless upstream is known to refuse that (`Patch.upstream_refuses`)."""
+    if _why_alone_is_refused(model):
+        return
+    with untouched(model):
+        probe = Probe(unwrapped(model))
+        probe.alone(probe.b)

@@ -56,7 +56,7 @@ def _tensors_at_b(value: object, *, tokens: int, first: int) -> list[Tensor]:
     """Copies the part from token `first` on of every floating-point tensor (1, tokens, ...) in nested containers."""
     if isinstance(value, Tensor):
         fits = value.is_floating_point() and value.dim() == 3 and value.shape[1] == tokens
-        return [value[:, first:].clone()] if fits else []
+        return [value[:, first:].detach().clone()] if fits else []
     if isinstance(value, dict):
         value = tuple(value.values())
     if isinstance(value, (tuple, list)):

@@ -23,7 +23,11 @@ differ by the order of additions (other matmul shapes), a few eps per layer; a l
 
 
 class Probe:
-    """Two random examples A and B, and another A of the same length, as embeddings (1, tokens, D)."""
+    """Two random examples A and B, and another A of the same length, as embeddings (1, tokens, D).
+
+    The embeddings require gradients, as in training. Without gradients, on some CPUs, bitsandbytes' 4-bit layers take a
+    path for inference that rounds to bfloat16 and rewrites the weights, so that they can't be trained any more.
+    """
 
     def __init__(self, model: nn.Module):
         outermost = pretrained_modules(model)[0]
@@ -32,7 +36,7 @@ class Probe:
         vocabulary, device = embed.weight.shape[0], embed.weight.device
         generator = torch.Generator().manual_seed(0)
         ids = [torch.randint(vocabulary, (1, n), generator=generator).to(device) for n in (*LENGTHS, LENGTHS[0])]
-        self.a, self.b, self.other_a = (embed(each).detach() for each in ids)
+        self.a, self.b, self.other_a = (embed(each).detach().requires_grad_() for each in ids)
         self.positions = torch.cat([torch.arange(n) for n in LENGTHS]).unsqueeze(0).to(device)
         self.autocast: AbstractContextManager[object] = nullcontext()
         self.autocast = self._autocast_if_needed(device.type)
@@ -42,8 +46,7 @@ class Probe:
         dtypes = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
         if len(dtypes) > 1:
             try:
-                with torch.no_grad():
-                    self.alone(self.b)
+                self.alone(self.b)
             except RuntimeError:
                 return torch.autocast(device_type, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))
         return nullcontext()
@@ -71,7 +74,6 @@ class Probe:
         """Runs an A and B in one row."""
         return self.logits(torch.cat([a, self.b], dim=1), position_ids=self.positions)
 
-    @torch.no_grad()
     def logit_change(self) -> float:
         """Measures how far B's logits move when A changes."""
         before, after = self.packed(self.a), self.packed(self.other_a)
@@ -79,12 +81,11 @@ class Probe:
 
     def leaked_gradient(self) -> float:
         """Measures the gradient of B's loss at A's embeddings."""
-        a = self.a.clone().requires_grad_()
+        a = self.a.detach().clone().requires_grad_()
         loss = self.packed(a)[:, LENGTHS[0] :].float().square().sum()
         (gradient,) = torch.autograd.grad(loss, a, allow_unused=True)
         return 0.0 if gradient is None else largest(gradient)
 
-    @torch.no_grad()
     def alone_error(self) -> tuple[float, float]:
         """Measures the relative difference between packed and alone; gives it, and what it may be."""
         # Old versions cast the logits up, and a prepared model may enter autocast itself: the coarsest dtype that any
@@ -101,7 +102,6 @@ class Probe:
         coarsest = max(torch.finfo(dtype).eps for dtype in dtypes | {alone.dtype})
         return error, min(TOLERANCE_EPS * coarsest, 0.1)
 
-    @torch.no_grad()
     def first_leak(self) -> str | None:
         """Names the first module that carries something from A to B."""
         return first_leak(self.model, self.packed, self.a, self.other_a, LENGTHS[1])
