@@ -5,7 +5,7 @@
 Importing this package patches nothing and imports no model code.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .batch.sequences import PackedSequences
 from .data.completions import DataCollatorForCompletionOnlyLM
@@ -19,13 +19,14 @@ from .errors import LeakError, PadfreeError
 from .measure.estimation import Estimate, estimate
 from .patching import applied, apply, restore
 from .patching.explanation import Explanation, explain
-from .registry import Patch
+from .registry import AttentionCall, Patch
 from .verification import Verification, verify
 
 if TYPE_CHECKING:
     from .integrations.trainer import PaddingFreeCallback
 
 __all__ = [
+    "AttentionCall",
     "DataCollatorForCompletionOnlyLM",
     "DataCollatorForPreference",
     "DataCollatorWithFlattening",
@@ -53,8 +54,8 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Loads the callback when it is asked for: its base class imports the Trainer's arguments, and those much more."""
+def __getattr__(name: str) -> object:
+    """Loads the callback when it is asked for: its base class is in a module that imports the Trainer's arguments."""
     if name == "PaddingFreeCallback":
         from .integrations.trainer import PaddingFreeCallback
 
