@@ -30,7 +30,7 @@ class AttentionCall:
     call: Call
     """`call.module` is the attention module, `call.arguments` its arguments by name, `call.original` its forward."""
     batch: PackedBatch
-    """`batch.sequences` says where the sequences end; `batch.position_ids` and `batch.positions_from_zero` are (B, T)."""
+    """`batch.sequences` says where the sequences end; `position_ids` and `positions_from_zero` of it are (B, T)."""
     key_bias: Tensor | None = None
     """What is added to the scores of each key before they are scaled, (H, B * T), or None."""
 

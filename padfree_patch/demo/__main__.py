@@ -1,4 +1,4 @@
-"""``python -m padfree_patch.demo``."""
+"""Runs the demo: `python -m padfree_patch.demo`."""
 
 from .command import demo
 
