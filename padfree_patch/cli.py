@@ -29,7 +29,7 @@ class Result(Protocol):
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="padfree_patch")
 def cli() -> None:
-    """Padding-free training that is exact: look at a model, check it, try it."""
+    """Look at a model, check it, try it: padding-free training that is exact."""
 
 
 def _model_options(command: Callable[..., None]) -> Callable[..., None]:

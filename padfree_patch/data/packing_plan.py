@@ -25,7 +25,7 @@ class PackingPlan:
 
     @property
     def waste(self) -> float:
-        """Part of all rows that stays empty, if every row had `max_length` tokens."""
+        """Returns the part of all rows that stays empty, if every row had `max_length` tokens."""
         return 1 - int(self.lengths.sum()) / (len(self.rows) * self.max_length)
 
     def steps(self, batch_size: int, *, rows_per_step: int = 1) -> tuple[int, int]:

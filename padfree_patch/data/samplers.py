@@ -86,7 +86,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
     @property
     def sampler(self) -> TokenBudgetBatchSampler:
-        """The sampler itself: accelerate before 1.0 looks for `set_epoch` here."""
+        """Returns the sampler itself: accelerate before 1.0 looks for `set_epoch` here."""
         return self
 
     def state_dict(self) -> dict[str, int]:

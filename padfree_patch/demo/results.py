@@ -34,17 +34,17 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float:
-        """Real tokens per second, without the first step, which warms up allocator and kernels."""
+        """Returns real tokens per second, without the first step, which warms up allocator and kernels."""
         return sum(self.real_tokens[1:]) / sum(self.step_seconds[1:])
 
     @property
     def padding_share(self) -> float:
-        """Share of pads among all tokens that the model computed."""
+        """Returns the share of pads among all tokens that the model computed."""
         return 1 - sum(self.real_tokens) / sum(self.row_tokens)
 
     @property
     def growth_bytes(self) -> int:
-        """Memory that training added to the loaded model: gradients, optimizer state, activations."""
+        """Returns the memory that training added to the loaded model: gradients, optimizer state, activations."""
         return self.peak_bytes - self.loaded_bytes
 
     def as_json(self) -> dict[str, object]:

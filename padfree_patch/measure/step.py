@@ -32,12 +32,12 @@ class StepBench:
 
     @property
     def speedup(self) -> float:
-        """Padding-free over padded."""
+        """Returns how many times as fast as padded padding-free is."""
         return self.padded_seconds / self.padding_free_seconds
 
     @property
     def ceiling_ratio(self) -> float:
-        """Padding-free over the ceiling; 1 is as fast as these tokens can be."""
+        """Returns the speed of padding-free over that of the ceiling; 1 is as fast as these tokens can be."""
         return self.ceiling_seconds / self.padding_free_seconds
 
     def __str__(self) -> str:
