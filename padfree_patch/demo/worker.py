@@ -20,8 +20,7 @@ import torch
 import transformers
 from torch.utils.data import DataLoader
 
-import padfree_patch
-
+from .. import DataCollatorWithFlattening, apply, verify
 from ..batch.labels import IGNORED_LABEL
 from ..measure import crowding, memory
 from . import start
@@ -54,16 +53,16 @@ def run(job: Job, report: Report) -> Run:
     model = start.load_model(job.model, layers=job.layers)
     if job.padding_free:
         report({"stage": "patching"})
-        padfree_patch.apply(model)
+        apply(model)
     report({"stage": "probing for leaks"})
-    probe = padfree_patch.verify(model)
+    probe = verify(model)
 
     report({"stage": "training"})
     examples = [{"input_ids": ids, "labels": ids} for ids in json.loads(Path(job.examples).read_text())]
     batches: DataLoader[Example] = DataLoader(
         examples,  # type: ignore[arg-type]  # a list is a dataset too; read in its order, so both runs see the same batches
         batch_size=job.batch_size,
-        collate_fn=padfree_patch.DataCollatorWithFlattening() if job.padding_free else pad_right,
+        collate_fn=DataCollatorWithFlattening() if job.padding_free else pad_right,
     )
     trainer = RecordingTrainer(
         model=model, args=training_arguments(job, steps=len(batches)), batches=batches, report=report
