@@ -40,6 +40,14 @@ def test_layer_reads_a_batch_that_is_not_found_from_its_boundaries():
     assert torch.equal(found.position_ids, batch.position_ids)
 
 
+def test_layer_finds_a_batch_whose_boundaries_were_copied_by_its_positions():
+    """accelerate's hooks copy what is not on a layer's device; reading it there would wait in every layer."""
+    batch = read(positions_of(2, 4))
+    copied = batch.boundaries.clone()
+    assert batch_at_layer(copied, (1, 6), torch.device("cpu"), batch.position_ids.detach()) is batch
+    assert batch_at_layer(copied, (1, 6), torch.device("cpu"), positions_of(2, 4)) is not batch
+
+
 def test_batches_of_one_shape_are_kept_apart():
     first, second = read(positions_of(2, 4)), read(positions_of(3, 3))
     assert found_at_layer(first.boundaries).sequences.lengths == (2, 4)

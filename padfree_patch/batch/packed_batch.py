@@ -106,15 +106,20 @@ def read_batch(
     return batch
 
 
-def batch_at_layer(boundaries: Tensor, shape: tuple[int, int], device: torch.device) -> PackedBatch:
+def batch_at_layer(
+    boundaries: Tensor, shape: tuple[int, int], device: torch.device, position_ids: Tensor | None = None
+) -> PackedBatch:
     """Returns the packed batch whose `boundaries` reached one of its layers.
 
     Args:
-        boundaries: int32 (sequences + 1,), or a copy of it.
+        boundaries: int32 (sequences + 1,), or a copy of it: accelerate's hooks move a layer's arguments to its device.
         shape: (B, T) of the layer's tokens, for a batch that is not found again.
         device: of the layer's tokens, likewise.
+        position_ids: what reached the layer too, if anything; finds a batch whose boundaries were copied.
     """
     known = known_batches.find(own_key(boundaries))
+    if known is MISSING and position_ids is not None:
+        known = known_batches.find(own_key(position_ids))
     if known is MISSING or known is None:
         sequences = PackedSequences.from_cu_seqlens(boundaries - boundaries[0], total=shape[0] * shape[1])
         known = PackedBatch(sequences.to(device), sequences.position_ids().to(device).view(shape))

@@ -60,7 +60,9 @@ def answer(call: Call) -> Any:
     module, mask = call.module, call.arguments["attention_mask"]
     opt_in = OptIn.of(module)
     assert opt_in is not None
-    batch = batch_of(mask, *_tokens(call))
+    tokens = next(value for value in call.arguments.values() if isinstance(value, Tensor))  # hidden states (B, T, D)
+    shape = int(tokens.shape[0]), int(tokens.shape[1])
+    batch = batch_of(mask, shape, tokens.device, call.arguments.get("position_ids"))
     positions = rotary.positions_for(module, batch)
     call.arguments |= {"attention_mask": None, "position_ids": positions}
     prepared = _prepare(call, batch, opt_in.model_type)
@@ -75,12 +77,6 @@ def answer(call: Call) -> Any:
     if isinstance(result, tuple):  # eager returns its weights; those of a packed batch are never computed
         return tuple(None if isinstance(item, UncomputedScores) else item for item in result)
     return result
-
-
-def _tokens(call: Call) -> tuple[tuple[int, int], torch.device]:
-    """Returns the shape (B, T) and the device of the tokens that an attention module is called on."""
-    hidden: Tensor = call.arguments.get("hidden_states", call.arguments["position_ids"])
-    return (int(hidden.shape[0]), int(hidden.shape[1])), hidden.device
 
 
 def _prepare(call: Call, batch: PackedBatch, model_type: str) -> AttentionCall:

@@ -53,8 +53,7 @@ def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 @torch.compiler.disable
 def answer_interface(call: Call) -> Any:
     """Answers the interface's function for flash-attn: it casts as always, and comes to `_flash_attention_forward`."""
-    given = call.arguments
-    kernel = interface.kernel_of(given["module"], given["query"], given["attention_mask"])
+    kernel = interface.kernel_of(call.arguments)
     with running(kernel=kernel):
         result = call.proceed()
     if not kernel.answered:

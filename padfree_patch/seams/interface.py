@@ -71,8 +71,8 @@ def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def answer(call: Call) -> tuple[Tensor, None]:
     """Answers an attention function: tensors (B, heads, T, D) in, (B, T, H, D) and no weights out."""
     given = call.with_defaults()
-    module, q, k, v = given["module"], given["query"], given["key"], given["value"]
-    kernel = kernel_of(module, q, given["attention_mask"])
+    q, k, v = given["query"], given["key"], given["value"]
+    kernel = kernel_of(given)
     special = [name for name in SPECIAL if given.get(name) is not None]
     special += ["is_causal=False"] if given.get("is_causal") is False else []
     if special:
@@ -85,8 +85,12 @@ def answer(call: Call) -> tuple[Tensor, None]:
     return output.transpose(1, 2).contiguous(), None
 
 
-def kernel_of(module: nn.Module, q: Tensor, mask: Tensor) -> PackedKernel:
-    """Returns the kernel call of a module with queries (B, H, T, D), of the batch that its mask carries."""
-    batch = batch_of(mask, (q.shape[0], q.shape[2]), q.device)
+def kernel_of(given: dict[str, Any]) -> PackedKernel:
+    """Returns the kernel call that an attention function is asked for, of the batch that its mask carries.
+
+    Its arguments, by name, are the module, the query (B, H, T, D) and the mask, and from some modules position_ids.
+    """
+    module, q, mask = given["module"], given["query"], given["attention_mask"]
+    batch = batch_of(mask, (q.shape[0], q.shape[2]), q.device, given.get("position_ids"))
     opt_in = OptIn.of(module)
     return PackedKernel(module, batch.sequences, recipe_of(mask), opt_in.backend if opt_in else "auto")

@@ -55,6 +55,8 @@ def recipe_of(mask: Tensor) -> Recipe:
     return Recipe(window=mask.shape[4] - 1)
 
 
-def batch_of(mask: Tensor, shape: tuple[int, int], device: torch.device) -> PackedBatch:
+def batch_of(
+    mask: Tensor, shape: tuple[int, int], device: torch.device, position_ids: Tensor | None = None
+) -> PackedBatch:
     """Returns the batch that a stand-in carries; shape (B, T) and device are those of the layer's tokens."""
-    return batch_at_layer(mask[0, 0, :, 0, 0], shape, device)
+    return batch_at_layer(mask[0, 0, :, 0, 0], shape, device, position_ids)
