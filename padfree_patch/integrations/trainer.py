@@ -77,7 +77,7 @@ class PaddingFreeCallback(TrainerCallback):
     own (`report_to`) first: `PaddingFreeCallback().attach(trainer)` goes before them.
 
     A packed batch for a model that is not patched is a PadfreeError, and so is a PEFT adapter with virtual tokens. At
-    the begin of an epoch the callback sets the epoch of a `TokenBudgetBatchSampler`.
+    the beginning of an epoch the callback sets the epoch of a `TokenBudgetBatchSampler`.
 
     The only device syncs are a few per log, and the one with which the patched model reads the batch anyway.
 
