@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -18,6 +19,12 @@ PATCHES = registry().patches()
 
 MACHINERY = [patch for patch in PATCHES if patch.model_type in ("llama", "mistral", "qwen2")]
 """Architectures on which the machinery is tested; test_exactness.py and test_registry.py take all."""
+
+
+def pytest_collection_finish():
+    """Leaves what the imports made out of garbage collections: every restore makes one while a model is patched."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
