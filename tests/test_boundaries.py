@@ -40,6 +40,13 @@ def test_layer_reads_a_batch_that_is_not_found_from_its_boundaries():
     assert torch.equal(found.position_ids, batch.position_ids)
 
 
+def test_layer_that_finds_no_batch_keeps_the_positions_that_reached_it():
+    positions = torch.tensor([[3, 4, 0, 1, 2, 3]])
+    batch = read(positions)
+    found = batch_at_layer(batch.boundaries.clone(), (1, 6), torch.device("cpu"), batch.position_ids.clone())
+    assert found is not batch and torch.equal(found.position_ids, positions)
+
+
 def test_layer_finds_a_batch_whose_boundaries_were_copied_by_its_positions():
     """accelerate's hooks copy what is not on a layer's device; reading it there would wait in every layer."""
     batch = read(positions_of(2, 4))

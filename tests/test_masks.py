@@ -64,8 +64,30 @@ def test_stand_in_carries_the_batch_and_the_recipe():
 
 
 def test_stand_in_cannot_be_mistaken():
-    for other in (None, torch.ones(1, 3), torch.ones(1, 1, 3, 3), {"full_attention": None}):
+    video = torch.ones(1, 1, 3, 1, 3)
+    for other in (
+        None,
+        torch.ones(1, 3),
+        torch.ones(1, 1, 3, 3),
+        video,
+        torch.ones(1, 2, 3, 1, 3).int(),
+        {"full": None},
+    ):
         assert not is_stand_in(other)
+
+
+@pytest.mark.parametrize("heads", range(1, 9))
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 2), (2, 1, 1), (1, 1, 1, 1), (5, 1), (3, 3, 2)], ids=str)
+def test_stand_in_fits_no_scores(lengths, heads):
+    """Code that nobody answers for must fail on it, not add it in silence."""
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    tokens = positions.shape[1]
+    batch = read_batch((1, tokens), torch.device("cpu"), position_ids=positions, attention_mask=None, lengths={})
+    for window in (0, heads - 1, tokens - 1):
+        mask = stand_in(batch, Recipe(window))
+        with pytest.raises(RuntimeError, match="must match the size"):
+            torch.zeros(1, heads, tokens, tokens) + mask
+        assert batch_of(mask.clone(), (1, tokens), torch.device("cpu")).sequences.lengths == lengths
 
 
 class Config:
@@ -77,7 +99,7 @@ def builder_call(builder, config):
 
 
 def stand_in_of_nothing():
-    return torch.zeros(1, 1, 2, 1, 1, dtype=torch.int32)
+    return torch.zeros(1, 1, 1, 1, 2, dtype=torch.int32)
 
 
 def test_mask_that_is_no_window_is_refused():

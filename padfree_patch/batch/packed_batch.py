@@ -36,14 +36,16 @@ class PackedBatch:
 
     @functools.cached_property
     def boundaries(self) -> Tensor:
-        """int32 (sequences + 1,): cu_seqlens, on the CPU if the lengths are known there, where reading is free.
+        """int32 (sequences + 1,) or one more: cu_seqlens, on the CPU if the lengths are known there: free to read.
 
-        Counted from 0, or from 1 on transformers before 4.35. Of models loaded as flash_attention_2, decoders test
-        `0 in attention_mask` before 4.45: from 4.35 on they drop a mask without a 0, and 4.34 takes a 0 for padding.
+        The last value is there twice if there would be as many values as tokens in a row, so that a mask of these
+        values never fits the keys of a row. Loaded as flash_attention_2, decoders before 4.45 test
+        `0 in attention_mask`. From 4.35 on they drop a mask without a 0, so the values begin at 0; 4.34 takes a 0 for
+        padding, so there they begin at 1.
         """
         with torch.inference_mode(False):  # inference tensors have no version counter
-            first = int(versions.transformers("<4.35"))
-            return self.sequences.cheapest_cu_seqlens() + first
+            values = self.sequences.cheapest_cu_seqlens() + int(versions.transformers("<4.35"))
+            return values if len(values) != self.position_ids.shape[1] else torch.cat([values, values[-1:]])
 
     @functools.cached_property
     def positions_from_zero(self) -> Tensor:
@@ -112,18 +114,21 @@ def batch_at_layer(
     """Returns the packed batch whose `boundaries` reached one of its layers.
 
     Args:
-        boundaries: int32 (sequences + 1,), or a copy of it: accelerate's hooks move a layer's arguments to its device.
+        boundaries: those of the batch, or a copy: accelerate's hooks move a layer's arguments to its device.
         shape: (B, T) of the layer's tokens, for a batch that is not found again.
         device: of the layer's tokens, likewise.
-        position_ids: what reached the layer too, if anything; finds a batch whose boundaries were copied.
+        position_ids: (B, T) if any reached the layer too; they find a batch whose boundaries were copied.
     """
     known = known_batches.find(own_key(boundaries))
     if known is MISSING and position_ids is not None:
         known = known_batches.find(own_key(position_ids))
     if known is MISSING or known is None:
-        sequences = PackedSequences.from_cu_seqlens(boundaries - boundaries[0], total=shape[0] * shape[1])
-        known = PackedBatch(sequences.to(device), sequences.position_ids().to(device).view(shape))
-        known_batches.keep(own_key(boundaries), known, boundaries)
+        cu_seqlens = torch.unique_consecutive(boundaries) - boundaries[0]
+        sequences = PackedSequences.from_cu_seqlens(cu_seqlens, total=shape[0] * shape[1], device=device)
+        positions = sequences.position_ids() if position_ids is None else position_ids
+        known = PackedBatch(sequences, positions.reshape(shape))
+        for tensor in (boundaries, known.position_ids):
+            known_batches.keep(own_key(tensor), known, tensor)
     return known
 
 

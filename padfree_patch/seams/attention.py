@@ -60,7 +60,8 @@ def answer(call: Call) -> Any:
     module, mask = call.module, call.arguments["attention_mask"]
     opt_in = OptIn.of(module)
     assert opt_in is not None
-    tokens = next(value for value in call.arguments.values() if isinstance(value, Tensor))  # hidden states (B, T, D)
+    given = (value for value in call.arguments.values() if isinstance(value, Tensor) and value is not mask)
+    tokens = next(given)  # the hidden states (B, T, D)
     shape = int(tokens.shape[0]), int(tokens.shape[1])
     batch = batch_of(mask, shape, tokens.device, call.arguments.get("position_ids"))
     positions = rotary.positions_for(module, batch)

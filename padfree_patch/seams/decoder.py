@@ -29,7 +29,7 @@ def find(model: nn.Module, patch: Patch) -> Found:
     decoders = tuple(module for module in pretrained_modules(model) if patch.is_decoder(module))
     check_class_found(patch, model, patch.decoder, decoders)
     for decoder in decoders:
-        _check_implementation(patch, decoder)
+        check_implementation(patch.model_type, decoder)
         check_takes(patch, decoder, "attention_mask", "position_ids")
     return Found(frozenset(Seam(type(each), "forward", concerns, answer) for each in decoders), decoders)
 
@@ -46,13 +46,15 @@ def answer(call: Call) -> Any:
 def _prepare(call: Call) -> PackedBatch | None:
     batch = take_batch(call)
     if batch is not None:
+        check_implementation(type(call.module).__name__, call.module)  # it may have been switched since apply
         call.arguments["attention_mask"] = stand_in(batch)
     return batch
 
 
-def _check_implementation(patch: Patch, decoder: Any) -> None:
+def check_implementation(who: str, decoder: Any) -> None:
+    """Raises PadfreeError if a decoder is loaded with an attention implementation that no seam answers for."""
     if (implementation := implementation_of(decoder.config)) not in IMPLEMENTATIONS:
         raise PadfreeError(
-            f"{patch.model_type}: loaded with attention implementation {implementation!r}; load it with one of "
+            f"{who}: loaded with attention implementation {implementation!r}; load it with one of "
             f"{', '.join(IMPLEMENTATIONS)} (padfree_patch picks the kernel of packed batches itself)"
         )

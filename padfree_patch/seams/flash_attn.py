@@ -39,10 +39,9 @@ def find(model: nn.Module, patch: Patch) -> Found:
         for each in (namespace, "transformers.integrations.flash_attention"):
             if hasattr(sys.modules.get(each), _AROUND):
                 seams.add(Seam(each, _AROUND, concerns, answer))
-        functions = getattr(sys.modules[namespace], interface.FUNCTIONS, ())
-        if interface.uses_interface(module, patch) and "flash_attention_2" in functions:
-            mapping = f"{namespace}:{interface.FUNCTIONS}"
-            seams.add(Seam(mapping, "flash_attention_2", interface.concerns, answer_interface))
+        if interface.uses_interface(module, patch):
+            namespace = interface.namespace_of(module)
+            seams |= interface.mapping_seams(namespace, "flash_attention_2", answer_interface)
     return Found(frozenset(seams))
 
 
@@ -53,7 +52,7 @@ def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 @torch.compiler.disable
 def answer_interface(call: Call) -> Any:
     """Answers the interface's function for flash-attn: it casts as always, and comes to `_flash_attention_forward`."""
-    kernel = interface.kernel_of(call.arguments)
+    kernel = interface.kernel_of(call)
     with running(kernel=kernel):
         result = call.proceed()
     if not kernel.answered:

@@ -10,20 +10,21 @@ flash-attn: `padfree_patch.seams.flash_attn`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PadfreeError
+from ..models import implementation_of
 from ..registry import Patch
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
-from ..wrapping.seam import Seam, original_of
+from ..wrapping.seam import Answer, Seam, original_of
 from .kernel import PackedKernel
-from .kinds import Found, class_named
-from .stand_in import batch_of, find_stand_in, recipe_of
+from .kinds import Found
+from .stand_in import batch_of, is_stand_in, recipe_of
 
 NAME = "interface"
 
@@ -38,41 +39,65 @@ SPECIAL = ("softcap", "s_aux", "sinks", "position_bias", "head_mask")
 def find(model: nn.Module, patch: Patch) -> Found:
     users = tuple(module for module in model.modules() if patch.is_attention(module) and uses_interface(module, patch))
     seams = set()
-    for namespace in {class_named(each, patch.attention).__module__ for each in users}:
+    for namespace in {namespace_of(each) for each in users}:
         if hasattr(sys.modules[namespace], EAGER):
             seams.add(Seam(namespace, EAGER, concerns, answer))
-        if "sdpa" in getattr(sys.modules[namespace], FUNCTIONS, ()):
-            seams.add(Seam(f"{namespace}:{FUNCTIONS}", "sdpa", concerns, answer))
+        seams |= mapping_seams(namespace, "sdpa", answer)
     return Found(frozenset(seams), users)
 
 
+def mapping_seams(namespace: str, implementation: str, answer: Answer) -> set[Seam]:
+    """Returns the seam of one entry of the mapping that a modeling file looks functions up in; none if it lacks it."""
+    mapping = getattr(sys.modules[namespace], FUNCTIONS)
+    if implementation not in mapping:
+        return set()
+    # Named after the file that all others have it from: the entry of one mapping must be one seam.
+    shared = mapping is getattr(sys.modules["transformers.modeling_utils"], FUNCTIONS, None)
+    owner = "transformers.modeling_utils" if shared else namespace
+    return {Seam(f"{owner}:{FUNCTIONS}", implementation, concerns, answer)}
+
+
 def uses_interface(module: nn.Module, patch: Patch) -> bool:
-    """Whether an attention module calls the functions of the interface, and the patch leaves its forward alone."""
-    if patch.attention_call is not None:
+    """Whether the forward of an attention module calls the functions of the interface, where they can be answered.
+
+    Asks the forward that runs: a subclass may bypass what its base uses. Not if the patch changes the calls of the
+    forward itself (`Patch.attention_call`), nor if eager's function is no global of the file that calls it.
+    """
+    caller = _caller(module)
+    if caller is None or patch.attention_call is not None:
         return False
-    forwards = (vars(base)["forward"] for base in type(module).__mro__ if "forward" in vars(base))
-    return any(_names_interface(original_of(each)) for each in forwards)
+    config = getattr(module, "config", None)
+    return EAGER in caller.__globals__ or (config is not None and implementation_of(config) != "eager")
 
 
-def _names_interface(function: Callable[..., Any] | None) -> bool:
-    """Whether the code of a function, or of what its decorators wrap, names the mapping of the interface."""
+def namespace_of(module: nn.Module) -> str:
+    """Returns the name of the file whose code calls the interface for a module that uses it."""
+    caller = _caller(module)
+    assert caller is not None
+    name: str = caller.__globals__["__name__"]
+    return name
+
+
+def _caller(module: nn.Module) -> FunctionType | None:
+    """Returns the function, under its decorators, whose code names the mapping of the interface."""
+    function: Any = original_of(type(module).forward)
     while function is not None:
-        if FUNCTIONS in getattr(getattr(function, "__code__", None), "co_names", ()):
-            return True
+        if isinstance(function, FunctionType) and FUNCTIONS in function.__code__.co_names:
+            return function
         function = getattr(function, "__wrapped__", None)
-    return False
+    return None
 
 
 def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return find_stand_in((*args, kwargs.get("attention_mask"))) is not None
+    return is_stand_in(args[4] if len(args) > 4 else kwargs.get("attention_mask"))
 
 
 @torch.compiler.disable
 def answer(call: Call) -> tuple[Tensor, None]:
     """Answers an attention function: tensors (B, heads, T, D) in, (B, T, H, D) and no weights out."""
     given = call.with_defaults()
-    q, k, v = given["query"], given["key"], given["value"]
-    kernel = kernel_of(given)
+    _, q, k, v, _ = (given[name] for name in call.names[:5])
+    kernel = kernel_of(call)
     special = [name for name in SPECIAL if given.get(name) is not None]
     special += ["is_causal=False"] if given.get("is_causal") is False else []
     if special:
@@ -85,12 +110,12 @@ def answer(call: Call) -> tuple[Tensor, None]:
     return output.transpose(1, 2).contiguous(), None
 
 
-def kernel_of(given: dict[str, Any]) -> PackedKernel:
+def kernel_of(call: Call) -> PackedKernel:
     """Returns the kernel call that an attention function is asked for, of the batch that its mask carries.
 
-    Its arguments, by name, are the module, the query (B, H, T, D) and the mask, and from some modules position_ids.
+    Its first five arguments are the module, query (B, H, T, D), key, value and mask; some modules pass position_ids.
     """
-    module, q, mask = given["module"], given["query"], given["attention_mask"]
-    batch = batch_of(mask, (q.shape[0], q.shape[2]), q.device, given.get("position_ids"))
+    module, q, _, _, mask = (call.arguments[name] for name in call.names[:5])
+    batch = batch_of(mask, (q.shape[0], q.shape[2]), q.device, call.arguments.get("position_ids"))
     opt_in = OptIn.of(module)
     return PackedKernel(module, batch.sequences, recipe_of(mask), opt_in.backend if opt_in else "auto")

@@ -1,10 +1,13 @@
 """What travels in the place of a packed row's attention mask: a tensor that carries the batch.
 
-A packed row has no mask of T x T. What goes from the decoder to its layers instead is a tensor of shape
-(1, 1, sequences + 1, 1, window + 1). Its values are `PackedBatch.boundaries`: they say where the sequences end. Its
-last dimension is the recipe: how upstream's builder masks one sequence. Ordinary masks have at most four dimensions, so
-it can't be mistaken. Being an argument, it survives gradient checkpointing, replicas and other threads. Its shape is
-read without a device sync, and so are its values, which lie on the CPU wherever the lengths are known there.
+A packed row has no mask of T x T. What goes from the decoder to its layers instead is an int32 tensor of shape
+(1, 1, window + 1, 1, boundaries). Its values are `PackedBatch.boundaries`: they say where the sequences end. Its third
+dimension is the recipe: how upstream's builder masks one sequence. Being an argument, it survives gradient
+checkpointing, replicas and other threads. Its shape is read without a device sync, and so are its values, which lie on
+the CPU wherever the lengths are known there.
+
+Ordinary masks have at most four dimensions. Should it come to code that nobody answers for, it fits no scores: it never
+has as many values as a row has keys, so adding it is an error.
 """
 
 from __future__ import annotations
@@ -30,33 +33,35 @@ CAUSAL = Recipe()
 
 
 def stand_in(batch: PackedBatch, recipe: Recipe = CAUSAL) -> Tensor:
-    """Returns what stands for the mask of a packed batch, (1, 1, sequences + 1, 1, window + 1). Allocates nothing."""
-    return with_recipe(batch.boundaries[None, None, :, None, None], recipe)
+    """Returns what stands for the mask of a packed batch, (1, 1, window + 1, 1, boundaries). Allocates nothing."""
+    return with_recipe(batch.boundaries[None, None, None, None, :], recipe)
 
 
 def with_recipe(mask: Tensor, recipe: Recipe) -> Tensor:
     """Returns the stand-in of the same batch with another recipe."""
-    return mask[..., :1].expand(1, 1, -1, 1, recipe.window + 1)
+    return mask[:, :, :1].expand(1, 1, recipe.window + 1, 1, -1)
 
 
 def is_stand_in(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 5
+    if not isinstance(value, Tensor) or value.dim() != 5 or value.dtype != torch.int32:
+        return False
+    return value.shape[0] == value.shape[1] == value.shape[3] == 1
 
 
 def find_stand_in(values: Iterable[object]) -> Tensor | None:
     """Returns the first stand-in among the arguments of a call, or None."""
     for value in values:
-        if isinstance(value, Tensor) and value.dim() == 5:
+        if isinstance(value, Tensor) and is_stand_in(value):
             return value
     return None
 
 
 def recipe_of(mask: Tensor) -> Recipe:
-    return Recipe(window=mask.shape[4] - 1)
+    return Recipe(window=mask.shape[2] - 1)
 
 
 def batch_of(
     mask: Tensor, shape: tuple[int, int], device: torch.device, position_ids: Tensor | None = None
 ) -> PackedBatch:
     """Returns the batch that a stand-in carries; shape (B, T) and device are those of the layer's tokens."""
-    return batch_at_layer(mask[0, 0, :, 0, 0], shape, device, position_ids)
+    return batch_at_layer(mask[0, 0, 0, 0], shape, device, position_ids)

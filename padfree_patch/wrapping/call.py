@@ -43,10 +43,12 @@ class Call:
     Made only for calls that concern a patched model: torch.compile traces all others as one graph.
     """
 
-    __slots__ = ("_names", "_rest", "arguments", "original")
+    __slots__ = ("_rest", "arguments", "names", "original")
 
     original: Callable[..., Any]
     """The function itself, as it was before it was wrapped."""
+    names: tuple[str, ...]
+    """Of the arguments that can be passed by position, in order."""
     arguments: dict[str, Any]
     """All arguments by name, those of `**kwargs` among them; may be changed."""
 
@@ -57,12 +59,12 @@ class Call:
             original(*args, **kwargs)  # raises the TypeError that Python has for it
         self.original = original
         self.arguments = {**named, **kwargs}
-        self._names, self._rest = names, args[len(names) :]
+        self.names, self._rest = names, args[len(names) :]
 
     @property
     def module(self) -> Any:
         """The first argument: of a method, the object that it was called on."""
-        return self.arguments[self._names[0]]
+        return self.arguments[self.names[0]]
 
     def takes(self, name: str) -> bool:
         return takes_keyword(self.original, name)
@@ -82,6 +84,6 @@ class Call:
     def proceed(self) -> Any:
         """Calls the function itself."""
         arguments = dict(self.arguments)
-        names = self._names if self._rest else self._names[:1]
+        names = self.names if self._rest else self.names[:1]
         given = [arguments.pop(name) for name in names if name in arguments]
         return self.original(*given, *self._rest, **arguments)

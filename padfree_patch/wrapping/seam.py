@@ -47,10 +47,10 @@ class Seam:
     def install(self) -> None:
         """Wraps the function; does nothing if it is wrapped here already."""
         with lock:
-            holder, here = _holder(self.owner), installed.setdefault(self, [])
+            holder, here = _holder(self.owner, self.name), installed.setdefault(self, [])
             if any(holder is each.holder for each in here):
                 return
-            current = holder[self.name] if _is_mapping(holder) else getattr(holder, self.name)
+            current = holder[self.name] if isinstance(holder, dict) else getattr(holder, self.name)
             own = _own_entries(holder).get(self.name, _ABSENT)
             wrapper: Any = wrapped(current, self.concerns, self.answer)
             if isinstance(own, staticmethod):
@@ -102,31 +102,31 @@ def original_of(function: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(function, ORIGINAL, function)
 
 
-def _holder(owner: type | str) -> Any:
+def _holder(owner: type | str, name: str) -> Any:
+    """Returns the class, module or dictionary that has the function.
+
+    transformers' mappings (4.53 on) keep what every instance has apart from what one instance has been given.
+    """
     if not isinstance(owner, str):
         return owner
     module, _, mapping = owner.partition(":")
     holder = importlib.import_module(module)
-    return getattr(holder, mapping) if mapping else holder
-
-
-def _is_mapping(holder: Any) -> bool:
-    return hasattr(holder, "__getitem__") and not isinstance(holder, type)
+    if not mapping:
+        return holder
+    found = getattr(holder, mapping)
+    if name in getattr(found, "_local_mapping", ()):
+        return found._local_mapping
+    return getattr(found, "_global_mapping", found)
 
 
 def _own_entries(holder: Any) -> Any:
-    """What the holder itself has by name. transformers' mappings keep what is set on an instance apart (4.53 on)."""
-    if not _is_mapping(holder):
-        return vars(holder)
-    return getattr(holder, "_local_mapping", holder)
+    """Returns what the holder itself has, by name."""
+    return holder if isinstance(holder, dict) else vars(holder)
 
 
 def _put(holder: Any, name: str, value: Any) -> None:
-    if _is_mapping(holder):
-        if value is _ABSENT:
-            del holder[name]
-        else:
-            holder[name] = value
+    if isinstance(holder, dict):
+        holder[name] = value  # never absent before: a key is wrapped only where it is
     elif value is _ABSENT:
         delattr(holder, name)
     else:
