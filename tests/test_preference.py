@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from comparison import gradients_apart
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
+from helpers.comparison import gradients_apart
 from padfree_patch import (
     DataCollatorForPreference,
     PadfreeError,
