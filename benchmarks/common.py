@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from padfree_patch import versions
-from padfree_patch.bench import step_batches
-from padfree_patch.texts import read_texts, shuffled, tokenise
+from padfree_patch.measure.step import step_batches
+from padfree_patch.measure.texts import read_texts, shuffled, tokenise
 
 RESULTS = Path(__file__).parents[1] / "docs" / "benchmarks"
 COLOURS = {"padded": "#b0b7c3", "packed": "#1f6feb", "native": "#e08600", "ceiling": "#2da44e"}

@@ -21,7 +21,7 @@ from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import padfree_patch
-from padfree_patch.bench import step_batches
+from padfree_patch.measure.step import step_batches
 
 BOUND = 10
 """How many times the control's difference a padded step's loss may be off: two orders of summation, not one."""

@@ -21,8 +21,8 @@ from common import COLOURS, LARGEST_PADDED, NAMES, REAL, SMALL, batches_from, fo
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
-from padfree_patch.bench import timed_step
-from padfree_patch.memory import peak_bytes, reset_peak, resident_bytes
+from padfree_patch.measure.memory import peak_bytes, reset_peak, resident_bytes
+from padfree_patch.measure.step import timed_step
 
 KINDS = ("padded", "packed")
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from trl import pack_dataset as trl_pack_dataset
 
 from padfree_patch import TokenBudgetBatchSampler, pack_dataset, plan_packing
-from padfree_patch.texts import read_texts, tokenise
+from padfree_patch.measure.texts import read_texts, tokenise
 
 
 @click.command()

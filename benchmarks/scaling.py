@@ -21,7 +21,7 @@ import torch
 from common import COLOURS, NAMES, progress, save, small_model
 from matplotlib.figure import Figure
 
-from padfree_patch.bench import step_batches, timed_step
+from padfree_patch.measure.step import step_batches, timed_step
 
 
 @click.command()

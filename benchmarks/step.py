@@ -34,8 +34,8 @@ from torch.autograd.profiler_util import FunctionEvent
 from transformers import AutoTokenizer
 
 from padfree_patch import applied
-from padfree_patch.bench import timed_step
-from padfree_patch.demo.crowding import waited_seconds
+from padfree_patch.measure.crowding import waited_seconds
+from padfree_patch.measure.step import timed_step
 
 KINDS = ("padded", "packed", "native", "ceiling")
 

@@ -5,26 +5,28 @@
 Importing this package patches nothing and imports no model code.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .batch.sequences import PackedSequences
-from .binning import PackingPlan, plan_packing
-from .collators import DataCollatorForCompletionOnlyLM, DataCollatorWithFlattening
-from .dataset import pack_dataset
+from .data.completions import DataCollatorForCompletionOnlyLM
+from .data.dataset import pack_dataset
+from .data.flattening import DataCollatorWithFlattening
+from .data.packing_plan import PackingPlan, plan_packing
+from .data.preference import DataCollatorForPreference
+from .data.samplers import TokenBudgetBatchSampler
+from .data.unpacking import last_tokens, sequence_log_probs, unpack
 from .errors import LeakError, PadfreeError
-from .estimation import Estimate, estimate
+from .measure.estimation import Estimate, estimate
 from .patching import applied, apply, restore
 from .patching.explanation import Explanation, explain
-from .preference import DataCollatorForPreference
-from .registry import Patch
-from .samplers import TokenBudgetBatchSampler
-from .unpacking import last_tokens, sequence_log_probs, unpack
+from .registry import AttentionCall, Patch
 from .verification import Verification, verify
 
 if TYPE_CHECKING:
-    from .callback import PaddingFreeCallback
+    from .integrations.trainer import PaddingFreeCallback
 
 __all__ = [
+    "AttentionCall",
     "DataCollatorForCompletionOnlyLM",
     "DataCollatorForPreference",
     "DataCollatorWithFlattening",
@@ -52,10 +54,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Loads the callback when it is asked for: its base class imports the Trainer's arguments, and those much more."""
+def __getattr__(name: str) -> object:
+    """Loads the callback when it is asked for: its base class is in a module that imports the Trainer's arguments."""
     if name == "PaddingFreeCallback":
-        from .callback import PaddingFreeCallback
+        from .integrations.trainer import PaddingFreeCallback
 
         return PaddingFreeCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

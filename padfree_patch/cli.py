@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 try:
     import click
-except ImportError as error:  # an extra, so that training machines need not have it
+except ImportError as error:  # an extra: training machines need not have it
     raise SystemExit("padfree-patch needs click: pip install 'padfree_patch[cli]'") from error
 
-from . import patching, support, versions
+from . import patching, versions
 from .errors import PadfreeError
+from .measure.texts import FIELDS, read_texts, tokenise
+from .patching import support
 from .registry import registry
-from .texts import FIELDS, read_texts, tokenise
+
+
+class Result(Protocol):
+    """What a command found: `str()` reads well, `as_dict()` is for machines."""
+
+    def as_dict(self) -> Mapping[str, object]: ...
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="padfree_patch")
 def cli() -> None:
-    """Padding-free training that is exact: look at a model, check it, try it."""
+    """Look at a model, check it, try it: padding-free training that is exact."""
 
 
 def _model_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -40,7 +46,7 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
 @cli.command()
 @_model_options
 def explain(model: str, tiny: bool, attn: str, as_json: bool) -> None:
-    """What upstream does with a packed row on MODEL (a directory or name), and what apply would do."""
+    """Say what upstream does with a packed row on MODEL (a directory or name), and what apply would do."""
     from . import explain as explain_model
 
     explanation = explain_model(_load(model, tiny, attn))
@@ -68,7 +74,7 @@ def verify(model: str, tiny: bool, attn: str, as_json: bool, unpatched: bool) ->
 @_model_options
 def bench(model: str, tiny: bool, attn: str, as_json: bool, batch_size: int, steps: int) -> None:
     """Time a training step on MODEL: padded, padding-free, and as many tokens in rows of one length."""
-    from .bench import bench_step
+    from .measure.step import bench_step
 
     result = bench_step(_load(model, tiny, attn), batch_size=batch_size, steps=steps)
     _print(result, as_json)
@@ -84,10 +90,10 @@ def bench(model: str, tiny: bool, attn: str, as_json: bool, batch_size: int, ste
 def estimate(
     data: Path, tokenizer: str, batch_size: int, max_length: int, fields: tuple[str, ...], as_json: bool
 ) -> None:
-    """What padding costs on your own data, and what leaving it out would save; loads no model."""
+    """Estimate what padding costs on your own data, and what leaving it out would save; loads no model."""
     from transformers import AutoTokenizer
 
-    from .estimation import estimate as estimate_lengths
+    from .measure.estimation import estimate as estimate_lengths
 
     texts = read_texts(data, fields)
     try:
@@ -101,7 +107,7 @@ def estimate(
 @cli.command(name="list")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def list_patches(as_json: bool) -> None:
-    """The architectures with a patch, and the transformers versions that each was tested on."""
+    """List the architectures with a patch, and the transformers versions that each was tested on."""
     version = str(versions.transformers_version())
     rows = [
         {
@@ -136,17 +142,17 @@ def _load(model: str, tiny: bool, attn: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, attn_implementation=attn)
 
 
-def _print(result: Any, as_json: bool) -> None:
+def _print(result: Result, as_json: bool) -> None:
     if not as_json:
         click.echo(str(result))
         return
     # What was not measured is NaN, which JSON does not have.
-    text = json.dumps(dataclasses.asdict(result))
+    text = json.dumps(result.as_dict())
     click.echo(json.dumps(json.loads(text, parse_constant=lambda _: None)))
 
 
 def main() -> None:
-    """Entry point: our errors are printed, others keep their traceback."""
+    """Runs the command line: errors of ours are printed, others keep their traceback."""
     from .demo.command import demo
 
     cli.add_command(demo)

@@ -1,4 +1,4 @@
-"""The errors this library raises on purpose."""
+"""The errors that this library raises on purpose."""
 
 
 class PadfreeError(ValueError):
@@ -6,4 +6,4 @@ class PadfreeError(ValueError):
 
 
 class LeakError(PadfreeError):
-    """The examples of a packed row mix, or give something else than alone, as `verify` has measured."""
+    """The examples of a packed row mix, or give something else than each gives alone; `verify` has measured it."""

@@ -21,11 +21,16 @@ ENTRY_POINT_GROUP = "padfree_patch.patches"
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCall:
-    """A call of an attention module on a packed batch, about to be made."""
+    """A call of an attention module on a packed batch, about to be made; `Patch.attention_call` returns a changed one.
+
+    `dataclasses.replace(call, key_bias=...)` makes a copy with another bias. One with other arguments is made by
+    `dataclasses.replace(call, call=call.call.changed(attention_mask=None))`.
+    """
 
     call: Call
-    """The module, its arguments by name, and its forward; `call.changed(...)` gives a copy with others."""
+    """`call.module` is the attention module, `call.arguments` its arguments by name, `call.original` its forward."""
     batch: PackedBatch
+    """`batch.sequences` says where the sequences end; `position_ids` and `positions_from_zero` of it are (B, T)."""
     key_bias: Tensor | None = None
     """What is added to the scores of each key before they are scaled, (H, B * T), or None."""
 

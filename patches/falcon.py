@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from padfree_patch import versions
+from padfree_patch import AttentionCall, Patch, versions
 from padfree_patch.batch.packed_batch import PackedBatch
 from padfree_patch.models import implementation_of
-from padfree_patch.registry import AttentionCall, Patch
 
 _ADDS_TWICE = ">=4.45"
 """transformers versions whose eager attention adds ALiBi to the scores and has it in the mask too."""

@@ -1,7 +1,7 @@
 """Llama 1, 2 and 3. On eager and sdpa, upstream's default call mixes the examples of a packed row on every version.
 
 Needs nothing of its own. Its dynamic-NTK rotary looks at the length of the row (4.36) or at the longest position in
-it (4.38 and later) and never shrinks again; `padfree_patch.rope` gives every sequence its own.
+it (4.38 and later) and never shrinks again; `padfree_patch.seams.rotary` gives every sequence its own.
 
 Read against models/llama/modeling_llama.py of transformers 4.34.1, 4.36.2, 4.41.2, 4.43.4, 4.47.1, 4.57.6 and 5.23.0.
 """

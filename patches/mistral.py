@@ -1,6 +1,7 @@
 """Mistral: Llama with a sliding window, whose effective size differs by version and by implementation.
 
-Needs nothing of its own: the window is read off the mask that upstream itself would build (`padfree_patch.masks`).
+Needs nothing of its own: the window is read off the mask that upstream itself would build
+(`padfree_patch.seams.window`).
 The sdpa class exists since 4.37; 4.36 has eager only.
 
 Read against models/mistral/modeling_mistral.py of transformers 4.34.1, 4.36.2, 4.41.2, 4.43.4, 4.47.1, 4.57.6 and

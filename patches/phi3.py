@@ -1,6 +1,6 @@
 """Phi-3: fused q, k, v; a sliding window; and rotaries (su, yarn, longrope) that choose their factors by length.
 
-Needs nothing of its own: `padfree_patch.rope` gives every sequence the factors of its own length.
+Needs nothing of its own: `padfree_patch.seams.rotary` gives every sequence the factors of its own length.
 
 Read against models/phi3/modeling_phi3.py of transformers 4.41.2, 4.43.4, 4.47.1, 4.57.6 and 5.23.0.
 """

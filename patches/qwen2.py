@@ -1,7 +1,7 @@
 """Qwen2: Llama with biases on q, k and v and a sliding window that not every layer has.
 
 Needs nothing of its own. Which layers are windowed depends on the version (`max_window_layers`, from 4.53 on
-`layer_types`) and comes with the mask that upstream gives to each layer (`padfree_patch.masks`).
+`layer_types`) and comes with the mask that upstream gives to each layer (`padfree_patch.seams.window`).
 
 Read against models/qwen2/modeling_qwen2.py of transformers 4.41.2, 4.43.4, 4.47.1, 4.57.6 and 5.23.0.
 """

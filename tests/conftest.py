@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -17,6 +18,12 @@ from padfree_patch.testing import conformance, examples, pack, tiny_model
 collect_ignore_glob = ["helpers/stand_ins/*"]
 if "PADFREE_FLASH_ATTENTION" not in os.environ:
     collect_ignore_glob.append("own_process/*")  # they want a process of their own; the nox sessions say when
+
+
+def pytest_collection_finish():
+    """Leaves what the imports made out of garbage collections: every restore makes one while a model is patched."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

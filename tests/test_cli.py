@@ -46,8 +46,11 @@ def test_bench_times_a_step():
     assert result.exit_code == 0, result.output
     found = json.loads(result.output)
     assert len(found["lengths"]) == 2
+    assert set(found) == {"lengths", "padding_share", "padded_seconds", "packed_seconds", "ceiling_seconds"}
     assert min(found[f"{name}_seconds"] for name in ("padded", "packed", "ceiling")) > 0
-    assert "of the ceiling" in run("bench", "llama", "--tiny", "--steps", "1", "--batch-size", "2").output
+    text = run("bench", "llama", "--tiny", "--steps", "1", "--batch-size", "2").output
+    assert "of the ceiling" in text
+    assert [line.split()[0] for line in text.splitlines()[1:4]] == ["padded", "padding-free", "ceiling"]
 
 
 def test_errors_of_ours_are_printed_without_a_traceback(monkeypatch, capsys):

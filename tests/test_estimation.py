@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from padfree_patch import PadfreeError, cli, estimate
-from padfree_patch.texts import read_texts, tokenise, train_tokenizer
+from padfree_patch.measure.texts import read_texts, tokenise, train_tokenizer
 
 
 def test_batches_of_everything_are_counted_exactly():

@@ -4,7 +4,7 @@ import pytest
 from padfree_persimmon import PATCH
 
 from padfree_patch import apply, verify
-from padfree_patch.testing import CHECKS, Unavailable, tiny_model
+from padfree_patch.testing import CHECKS, FAIL_UNPATCHED, Unavailable, checkpointing, conformance, tiny_model
 
 
 @pytest.fixture(params=["eager", "sdpa"])
@@ -24,10 +24,15 @@ def test_patched_model_passes(check, variant, implementation):
     check(lambda: tiny_model(PATCH, implementation, **PATCH.variants.get(variant, {})))
 
 
-@pytest.mark.parametrize("name", ["check_logits", "check_gradients", "check_isolation"])
-def test_unpatched_model_fails(name, implementation):
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradients_survive_checkpointing(reentrant, implementation):
+    """What a row gives stays right where layers run again in the backward."""
+    conformance.check_gradients(lambda: tiny_model(PATCH, implementation), prepare=checkpointing(reentrant=reentrant))
+
+
+@pytest.mark.parametrize("check", FAIL_UNPATCHED, ids=lambda check: check.__name__)
+def test_unpatched_model_fails(check, implementation):
     """Shows that the checks would notice a patch that does nothing."""
-    (check,) = (each for each in CHECKS if each.__name__ == name)
     with pytest.raises(AssertionError):
         check(lambda: tiny_model(PATCH, implementation), patched=False)
 

@@ -1,6 +1,6 @@
-"""``python -m padfree_patch.demo``."""
+"""Runs the demo: `python -m padfree_patch.demo`."""
 
-from padfree_patch.demo.command import demo
+from .command import demo
 
 if __name__ == "__main__":
     demo(prog_name="python -m padfree_patch.demo")

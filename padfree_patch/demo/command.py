@@ -1,7 +1,8 @@
-"""The ``demo`` command: the same batches trained padded and padding-free, and what came of it."""
+"""The `demo` command: trains the same batches padded and padding-free, and shows what came of it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -9,21 +10,24 @@ from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import click
 
-from padfree_patch.demo import start
-from padfree_patch.demo.launch import WorkerFailed, run_worker
-from padfree_patch.demo.results import Comparison, Run
-from padfree_patch.texts import read_texts, shuffled, tokenise, train_tokenizer
+from ..measure.texts import read_texts, shuffled, tokenise, train_tokenizer
+from . import start
+from .job import Job, Message
+from .launch import WorkerFailed, run_worker
+from .results import Comparison, Run
 
 NEEDED = ("accelerate", "matplotlib", "rich")
 SAMPLE = Path(__file__).with_name("instructions.jsonl")
 SMALL_MODEL = "small random Llama"
-# Adam amplifies rounding. At 1e-3 the small model's losses come up to 3e-5 apart in 30 steps, and 1e-5 between two
-# padded runs that differ in nothing but the number of pads; at 5e-4 less than 3e-6 (seeds 0, 1, 2).
 SMALL_MODEL_RATE, MODEL_RATE = 5e-4, 2e-5
+"""Learning rates. Adam amplifies rounding: at 1e-3 the small model's losses come up to 3e-5 apart in 30 steps.
+
+The losses of two padded runs that differ only in the number of pads then come 1e-5 apart. At 5e-4 both distances are
+less than 3e-6 (seeds 0, 1, 2).
+"""
 
 
 @click.command()
@@ -77,23 +81,24 @@ def demo(
     """
     if missing := [package for package in NEEDED if find_spec(package) is None]:
         raise click.ClickException(f"the demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    from padfree_patch.demo.picture import save_picture
+    from .picture import save_picture
 
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        job: dict[str, Any] = {
-            "model": model or os.path.join(scratch, "model"),
-            "layers": layers,
-            "examples": os.path.join(scratch, "examples.json"),
-            "batch_size": batch_size,
-            "learning_rate": (MODEL_RATE if model else SMALL_MODEL_RATE) if learning_rate is None else learning_rate,
-            "threads": threads,
-            "scratch": scratch,
-        }
+        job = Job(
+            padding_free=False,
+            model=model or os.path.join(scratch, "model"),
+            layers=layers,
+            examples=os.path.join(scratch, "examples.json"),
+            batch_size=batch_size,
+            learning_rate=(MODEL_RATE if model else SMALL_MODEL_RATE) if learning_rate is None else learning_rate,
+            threads=threads,
+            scratch=scratch,
+        )
         try:
             texts = read_texts(data_file or SAMPLE)
             prepare(job, texts, random_model=not model, count=steps * batch_size, max_length=max_length, seed=seed)
-            padded, padding_free = run_both(job, steps=steps, scratch=Path(scratch), output=output)
+            padded, padding_free = run_both(job, steps=steps, output=output)
         except (OSError, ValueError, WorkerFailed) as error:
             raise click.ClickException(str(error)) from error
 
@@ -103,7 +108,7 @@ def demo(
         "max_length": max_length,
         "steps": steps,
         "seed": seed,
-        **{key: job[key] for key in ("batch_size", "layers", "learning_rate", "threads")},
+        **{key: getattr(job, key) for key in ("batch_size", "layers", "learning_rate", "threads")},
         **{package: version(package) for package in ("torch", "transformers", "accelerate")},
     }
     comparison = Comparison(settings, padded, padding_free)
@@ -115,29 +120,27 @@ def demo(
         raise click.ClickException("\n".join(problems))
 
 
-def prepare(
-    job: dict[str, Any], texts: list[str], *, random_model: bool, count: int, max_length: int, seed: int
-) -> None:
-    """Write the examples in training order, and the small model if none was given, to the places `job` names."""
+def prepare(job: Job, texts: list[str], *, random_model: bool, count: int, max_length: int, seed: int) -> None:
+    """Writes the examples in training order, and the small model if none was given, to the places that `job` names."""
     import transformers
 
     if random_model:
         tokenizer = train_tokenizer(texts, vocab_size=start.VOCABULARY)
-        start.make_small_llama(Path(job["model"]), tokenizer, seed=seed)
+        start.make_small_llama(Path(job.model), tokenizer, seed=seed)
     else:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"])
-    config = start.load_config(job["model"], layers=job["layers"])
+        tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
+    config = start.load_config(job.model, layers=job.layers)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_length > positions:
         raise ValueError(
             f"--max-length {max_length}: the model has {positions} positions; pass --max-length {positions}"
         )
     examples = tokenise(shuffled(texts, count=count, seed=seed), tokenizer, max_length=max_length)
-    Path(job["examples"]).write_text(json.dumps(examples))
+    Path(job.examples).write_text(json.dumps(examples))
 
 
-def run_both(job: dict[str, Any], *, steps: int, scratch: Path, output: Path) -> list[Run]:
-    """The padded run, then the padding-free one; never together, they would slow each other down."""
+def run_both(job: Job, *, steps: int, output: Path) -> list[Run]:
+    """Makes the padded run, then the padding-free one: at the same time they would slow each other down."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -146,23 +149,23 @@ def run_both(job: dict[str, Any], *, steps: int, scratch: Path, output: Path) ->
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bars = {name: progress.add_task(name, total=steps, start=False) for name in ("padded", "padding-free")}
 
-        def follow(name: str, message: dict[str, Any]) -> None:
-            state = message.get("stage") or f"training, loss {message['loss']:.4f}"
-            progress.update(bars[name], description=f"{name}: {state}", completed=message.get("step", 0))
+        def follow(name: str, message: Message) -> None:
+            stage = message.get("stage") or f"training, loss {message['loss']:.4f}"
+            progress.update(bars[name], description=f"{name}: {stage}", completed=message.get("step", 0))
 
         for name, bar in bars.items():
             progress.start_task(bar)
-            run_job = {**job, "padding_free": name == "padding-free"}
+            run_job = dataclasses.replace(job, padding_free=name == "padding-free")
             log = output / f"{name}.log"
-            runs.append(run_worker(run_job, name=name, folder=scratch, log=log, follow=partial(follow, name)))
+            runs.append(run_worker(run_job, name=name, folder=Path(job.scratch), log=log, follow=partial(follow, name)))
     return runs
 
 
 def show(comparison: Comparison, results: str | None, output: Path) -> None:
-    """Print the results: tables, or nothing but JSON if that is given."""
+    """Prints the results as tables; or only as JSON, if `results` is given."""
     from rich.console import Console
 
-    from padfree_patch.demo.report import print_report
+    from .report import print_report
 
     if results is not None:
         click.echo(results)

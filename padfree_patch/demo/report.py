@@ -1,12 +1,12 @@
-"""The comparison as tables in the terminal."""
+"""Prints the comparison as tables in the terminal."""
 
 from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
 
-from padfree_patch.demo.results import Comparison
-from padfree_patch.verification import Verification
+from ..verification import Verification
+from .results import Comparison
 
 MB = 1e6
 
@@ -18,25 +18,26 @@ def print_report(comparison: Comparison, console: Console) -> None:
 
 
 def loss_table(comparison: Comparison) -> Table:
+    """Makes the table of the losses at every step."""
     table = Table(title="Loss at every step", title_justify="left")
     for heading in ("step", "real tokens", "pads", "padded", "padding-free", "difference"):
         table.add_column(heading, justify="right")
-    padded, packed = comparison.padded, comparison.padding_free
-    rows = zip(padded.real_tokens, padded.row_tokens, padded.losses, packed.losses, comparison.loss_differences)
-    for step, (real, row, loss, packed_loss, difference) in enumerate(rows, 1):
+    padded, padding_free = comparison.padded, comparison.padding_free
+    rows = zip(padded.real_tokens, padded.row_tokens, padded.losses, padding_free.losses, comparison.loss_differences)
+    for step, (real, row, loss, other_loss, difference) in enumerate(rows, 1):
         table.add_row(
             str(step),
             f"{real:,}",
             f"{row - real:,}",
             f"{loss:.6f}",
-            f"{packed_loss:.6f}",
+            f"{other_loss:.6f}",
             f"{difference:.1e}",
         )
     return table
 
 
 def leak_table(comparison: Comparison) -> Table:
-    """What one example does to another packed into the same row."""
+    """Makes the table of what one example does to another in the same packed row."""
     before, after = comparison.padded.probe, comparison.padding_free.probe
     table = Table(title="Leak probe on a packed row: examples A and B", title_justify="left")
     table.add_column("")
@@ -55,7 +56,8 @@ def verdict(probe: Verification) -> str:
 
 
 def summary_table(comparison: Comparison) -> Table:
-    padded, packed, settings = comparison.padded, comparison.padding_free, comparison.settings
+    """Makes the table of speed, padding, memory and loss of both runs."""
+    padded, padding_free, settings = comparison.padded, comparison.padding_free, comparison.settings
     table = Table(
         title=f"{settings['model']}: {settings['steps']} steps, batch size {settings['batch_size']}, "
         f"transformers {settings['transformers']}, float32, {settings['threads']} CPU threads",
@@ -73,11 +75,11 @@ def summary_table(comparison: Comparison) -> Table:
             ratio = f"{second / first:.2f}x"
         table.add_row(label, format(first / unit, style), format(second / unit, style), ratio)
 
-    speeds = padded.tokens_per_second, packed.tokens_per_second
+    speeds = padded.tokens_per_second, padding_free.tokens_per_second
     row("real tokens per second", *speeds, ",.0f", ratio="unreliable" if comparison.crowded() else "")
-    row("padding share", padded.padding_share, packed.padding_share, ".1%")
-    row("peak memory, MB", padded.peak_bytes, packed.peak_bytes, ",.0f", MB)
-    row("growth over the loaded model, MB", padded.growth_bytes, packed.growth_bytes, ",.0f", MB)
-    table.add_row("loss at the last step", f"{padded.losses[-1]:.6f}", f"{packed.losses[-1]:.6f}", "")
+    row("padding share", padded.padding_share, padding_free.padding_share, ".1%")
+    row("peak memory, MB", padded.peak_bytes, padding_free.peak_bytes, ",.0f", MB)
+    row("growth over the loaded model, MB", padded.growth_bytes, padding_free.growth_bytes, ",.0f", MB)
+    table.add_row("loss at the last step", f"{padded.losses[-1]:.6f}", f"{padding_free.losses[-1]:.6f}", "")
     table.add_row("largest loss difference", "", f"{max(comparison.loss_differences):.1e}", "")
     return table

@@ -1,15 +1,17 @@
-"""What a run measured, and what two runs side by side show."""
+"""What a run measured, and what a comparison of two runs shows."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from padfree_patch.demo import crowding
-from padfree_patch.verification import Verification
+from ..measure import crowding
+from ..verification import Verification
 
-TOLERANCE = 1e-4  # largest difference of the two losses at any step; float32 rounding stays well under it
+TOLERANCE = 1e-4
+"""Largest difference of the two losses at any step; float32 rounding stays well under it."""
 
 
 @dataclasses.dataclass
@@ -19,28 +21,34 @@ class Run:
     probe: Verification
     losses: list[float]
     real_tokens: list[int]
-    row_tokens: list[int]  # tokens the model computed: real ones and pads
-    step_seconds: list[float]  # batch making, forward, backward and optimizer
-    loaded_bytes: int  # resident with the model loaded, before the first step
-    peak_bytes: int  # largest resident during training
-    waited_share: float  # of its threads' time, waiting for a CPU that others used; nan if not known
+    row_tokens: list[int]
+    """Tokens that the model computed: real ones and pads."""
+    step_seconds: list[float]
+    """Making the batch, forward, backward and optimizer."""
+    loaded_bytes: int
+    """Resident memory with the model loaded, before the first step."""
+    peak_bytes: int
+    """Most resident memory during training."""
+    waited_share: float
+    """Share of its threads' time that it waited for a CPU that others used; nan if not known."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Real tokens per second, without the first step, which warms up allocator and kernels."""
+        """Returns real tokens per second, without the first step, which warms up allocator and kernels."""
         return sum(self.real_tokens[1:]) / sum(self.step_seconds[1:])
 
     @property
     def padding_share(self) -> float:
-        """Pads among all tokens computed."""
+        """Returns the share of pads among all tokens that the model computed."""
         return 1 - sum(self.real_tokens) / sum(self.row_tokens)
 
     @property
     def growth_bytes(self) -> int:
-        """Memory that training added to the loaded model: gradients, optimizer state, activations."""
+        """Returns the memory that training added to the loaded model: gradients, optimizer state, activations."""
         return self.peak_bytes - self.loaded_bytes
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
+        """Gives every field and figure; the probe with its text."""
         return dataclasses.asdict(self) | {
             "probe": self.probe.as_dict() | {"text": str(self.probe)},
             "tokens_per_second": self.tokens_per_second,
@@ -50,6 +58,7 @@ class Run:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Run:
+        """Makes a `Run` of what a worker sent: its fields, as `dataclasses.asdict` gives them."""
         return cls(**{**fields, "probe": Verification.from_dict(fields["probe"])})
 
 
@@ -57,7 +66,7 @@ class Run:
 class Comparison:
     """The same training, padded with the model unpatched, and padding-free with the model patched."""
 
-    settings: dict[str, Any]
+    settings: Mapping[str, object]
     padded: Run
     padding_free: Run
 
@@ -70,7 +79,7 @@ class Comparison:
         return self.padding_free.tokens_per_second / self.padded.tokens_per_second
 
     def crowded(self) -> list[str]:
-        """Which runs had to wait for the CPU so much that their speed, and the ratio of both, say nothing."""
+        """Lists the runs that waited for the CPU so long that their speed, and the ratio of both, say nothing."""
         return [
             f"other programs used the CPU during the {name} run (it waited {run.waited_share:.0%} of its time): "
             "the speeds are not reliable, run it again when the machine is idle or with fewer --threads"
@@ -79,25 +88,25 @@ class Comparison:
         ]
 
     def problems(self) -> list[str]:
-        """Why the two runs are not the same training; empty when they are."""
-        found = []
+        """Lists why the two runs are not the same training; nothing if they are."""
+        problems = []
         if not self.padding_free.probe.ok:
-            found.append(str(self.padding_free.probe.error("the patched model")))
+            problems.append(str(self.padding_free.probe.error("the patched model")))
         if self.padded.real_tokens != self.padding_free.real_tokens:
-            found.append("the two runs were given different batches")
+            problems.append("the two runs were given different batches")
         for step, difference in enumerate(self.loss_differences, 1):
             if not difference <= TOLERANCE:  # nan is a problem too
                 padded, packed = self.padded.losses[step - 1], self.padding_free.losses[step - 1]
-                found.append(
+                problems.append(
                     f"losses differ by {difference:.2g} at step {step} (padded {padded:.6f}, "
                     f"padding-free {packed:.6f}); the limit is {TOLERANCE:g}"
                 )
                 break
-        return found
+        return problems
 
-    def as_json(self) -> dict[str, Any]:
-        """Everything measured; numbers that JSON cannot hold (nan, inf) become null."""
-        return finite(
+    def as_json(self) -> object:
+        """Gives everything measured; numbers that JSON cannot hold (nan, inf) become null."""
+        return null_if_not_finite(
             {
                 "ok": not self.problems(),
                 "problems": self.problems(),
@@ -112,9 +121,10 @@ class Comparison:
         )
 
 
-def finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+def null_if_not_finite(value: object) -> object:
+    """Replaces nan and inf by None, also inside lists and dicts."""
+    if isinstance(value, Mapping):
+        return {key: null_if_not_finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [finite(item) for item in value]
+        return [null_if_not_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

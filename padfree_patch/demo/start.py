@@ -1,16 +1,19 @@
-"""The model both runs start from."""
+"""Makes or loads the model that both runs start from."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VOCABULARY = 2048
 
 
-def make_small_llama(folder: Path, tokenizer: Any, *, seed: int) -> None:
-    """Save a Llama of 4 layers with random weights, about 4 million parameters, together with its tokenizer."""
+def make_small_llama(folder: Path, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> None:
+    """Saves a Llama of 4 layers with random weights, about 4 million parameters, together with its tokenizer."""
     import transformers
 
     transformers.set_seed(seed)
@@ -30,7 +33,10 @@ def make_small_llama(folder: Path, tokenizer: Any, *, seed: int) -> None:
 
 
 def load_config(name: str | os.PathLike[str], *, layers: int | None) -> Any:
-    """Configuration of a model, cut to its first `layers` layers, without dropout (two runs must see the same)."""
+    """Loads the config of a model, cut to its first `layers` layers, and without dropout, which would differ per run.
+
+    Raises ValueError if the model has fewer layers.
+    """
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(name)
@@ -46,8 +52,8 @@ def load_config(name: str | os.PathLike[str], *, layers: int | None) -> Any:
     return config
 
 
-def load_model(name: str | os.PathLike[str], *, layers: int | None) -> Any:
-    """The model in float32, with whichever attention implementation transformers picks."""
+def load_model(name: str | os.PathLike[str], *, layers: int | None) -> PreTrainedModel:
+    """Loads the model in float32, with whichever attention implementation transformers picks."""
     import transformers
 
     config = load_config(name, layers=layers)

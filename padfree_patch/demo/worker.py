@@ -1,7 +1,7 @@
-"""One training run in a process of its own, so that its peak memory is its own.
+"""Makes one training run in a process of its own, so that its peak memory is its own.
 
-``python -m padfree_patch.demo.worker JOB.json`` writes JSON lines to stdout: ``{"stage": ...}``, ``{"step": ...}``
-after each step, at last ``{"run": ...}``. Everything else that is printed goes to stderr.
+`python -m padfree_patch.demo.worker JOB.json` writes JSON lines to stdout: `{"stage": ...}`, `{"step": ...}` after each
+step, at last `{"run": ...}`. Everything else that is printed goes to stderr.
 """
 
 from __future__ import annotations
@@ -20,56 +20,49 @@ import torch
 import transformers
 from torch.utils.data import DataLoader
 
-import padfree_patch
-from padfree_patch import memory
-from padfree_patch.demo import crowding, start
-from padfree_patch.demo.results import Run
+from .. import DataCollatorWithFlattening, apply, verify
+from ..batch.labels import IGNORED_LABEL
+from ..measure import crowding, memory
+from . import start
+from .job import Job, Message
+from .results import Run
 
 Example = dict[str, list[int]]
 
 
-@dataclasses.dataclass
-class Job:
-    """What one run needs to know; `examples` is a JSON file of token id lists, in training order."""
-
-    padding_free: bool
-    model: str
-    layers: int | None
-    examples: str
-    batch_size: int
-    learning_rate: float
-    threads: int
-    scratch: str
+Report = Callable[[Message], None]
 
 
 def main() -> None:
+    """Runs the job of the file that the command line names, and reports on stdout."""
     # What libraries print goes to stderr; only the lines of the protocol go to the real stdout.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
-    def report(**message: Any) -> None:
+    def report(message: Message) -> None:
         print(json.dumps(message), file=channel)
 
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
-    report(run=dataclasses.asdict(run(job, report)))
+    report({"run": dataclasses.asdict(run(job, report))})
 
 
-def run(job: Job, report: Callable[..., None]) -> Run:
+def run(job: Job, report: Report) -> Run:
+    """Loads the model, patches it if the run is padding-free, verifies and trains it, and returns what was measured."""
     torch.set_num_threads(job.threads)
-    report(stage="loading")
+    report({"stage": "loading"})
     model = start.load_model(job.model, layers=job.layers)
     if job.padding_free:
-        report(stage="patching")
-        padfree_patch.apply(model)
-    report(stage="probing for leaks")
-    probe = padfree_patch.verify(model)
+        report({"stage": "patching"})
+        apply(model)
+    report({"stage": "probing for leaks"})
+    probe = verify(model)
 
-    report(stage="training")
+    report({"stage": "training"})
     examples = [{"input_ids": ids, "labels": ids} for ids in json.loads(Path(job.examples).read_text())]
     batches: DataLoader[Example] = DataLoader(
-        examples,  # type: ignore[arg-type]  # a list is a dataset too; in its order, so both runs see the same batches
+        examples,  # type: ignore[arg-type]  # a list is a dataset too; read in its order, so both runs see the same batches
         batch_size=job.batch_size,
-        collate_fn=padfree_patch.DataCollatorWithFlattening() if job.padding_free else pad_right,
+        collate_fn=DataCollatorWithFlattening() if job.padding_free else pad_right,
     )
     trainer = RecordingTrainer(
         model=model, args=training_arguments(job, steps=len(batches)), batches=batches, report=report
@@ -94,10 +87,10 @@ def run(job: Job, report: Callable[..., None]) -> Run:
 
 
 def pad_right(examples: list[Example]) -> dict[str, torch.Tensor]:
-    """The ordinary way: every example filled up to the longest of its batch.
+    """Pads every example to the longest of its batch, as one does without this package.
 
-    The first label of an example is -100, as in a packed row. It is never trained on, having nothing before it, but
-    newer Trainers divide the loss by the number of labels that are not -100, and both runs must divide by the same.
+    The first label of an example is ignored, as in a packed row. No token predicts it, but newer Trainers divide the
+    loss by the number of labels that are not ignored, and both runs must divide by the same number.
     """
     longest = max(len(example["input_ids"]) for example in examples)
 
@@ -107,7 +100,7 @@ def pad_right(examples: list[Example]) -> dict[str, torch.Tensor]:
     return {
         "input_ids": filled([example["input_ids"] for example in examples], 0),
         "attention_mask": filled([[1] * len(example["input_ids"]) for example in examples], 0),
-        "labels": filled([[-100, *example["labels"][1:]] for example in examples], -100),
+        "labels": filled([[IGNORED_LABEL, *example["labels"][1:]] for example in examples], IGNORED_LABEL),
     }
 
 
@@ -127,14 +120,14 @@ def training_arguments(job: Job, *, steps: int) -> transformers.TrainingArgument
     )
 
 
-def accepts(function: Callable[..., Any], parameter: str) -> bool:
+def accepts(function: Callable[..., object], parameter: str) -> bool:
     return parameter in inspect.signature(function).parameters
 
 
 class RecordingTrainer(transformers.Trainer):
     """A Trainer over given batches that keeps every step's loss unrounded (its own log rounds to 4 digits)."""
 
-    def __init__(self, *, batches: DataLoader[Example], report: Callable[..., None], **options: Any) -> None:
+    def __init__(self, *, batches: DataLoader[Example], report: Report, **options: Any) -> None:
         super().__init__(**options, train_dataset=batches.dataset)
         self.batches = batches
         self.losses: list[float] = []
@@ -145,7 +138,7 @@ class RecordingTrainer(transformers.Trainer):
     def get_train_dataloader(self) -> DataLoader[Example]:
         return self.batches
 
-    def training_step(self, model: Any, inputs: dict[str, torch.Tensor], *rest: Any) -> torch.Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *rest: Any) -> torch.Tensor:
         loss = super().training_step(model, inputs, *rest)
         self.losses.append(loss.item())
         self.row_tokens.append(inputs["input_ids"].numel())
@@ -155,19 +148,19 @@ class RecordingTrainer(transformers.Trainer):
 class StepClock(transformers.TrainerCallback):
     """Times steps from end to end, so that making the batch counts."""
 
-    def __init__(self, trainer: RecordingTrainer, report: Callable[..., None]) -> None:
+    def __init__(self, trainer: RecordingTrainer, report: Report) -> None:
         self.trainer = trainer
         self.report = report
         self.since = 0.0
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, *_: object, **__: object) -> None:
         self.since = time.perf_counter()
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, *_: object, **__: object) -> None:
         now = time.perf_counter()
         self.trainer.step_seconds.append(now - self.since)
         self.since = now
-        self.report(step=len(self.trainer.losses), loss=self.trainer.losses[-1])
+        self.report({"step": len(self.trainer.losses), "loss": self.trainer.losses[-1]})
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""Tiny models of every supported architecture, and random examples for them."""
+"""Makes tiny models of every supported architecture, and random examples for them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import versions
+from ..batch.labels import IGNORED_LABEL
 from ..registry import Patch
 
 TINY: dict[str, Any] = {
@@ -27,15 +29,15 @@ TINY: dict[str, Any] = {
 
 
 class Unavailable(Exception):
-    """Upstream itself has no such model: not in this version, or not with this attention implementation."""
+    """Upstream itself has no such model, in this version or with this attention implementation."""
 
 
 class UpstreamFails(Unavailable):
     """Upstream has it, but can't build it."""
 
 
-def tiny_model(patch: Patch, implementation: str = "sdpa", *, seed: int = 0, **config: Any) -> Any:
-    """A randomly initialised causal language model, in eval mode, float32, on the CPU.
+def tiny_model(patch: Patch, implementation: str = "sdpa", *, seed: int = 0, **config: object) -> Any:
+    """Makes a randomly initialised causal language model, in eval mode, float32, on the CPU.
 
     Args:
         patch: whose architecture.
@@ -50,7 +52,7 @@ def tiny_model(patch: Patch, implementation: str = "sdpa", *, seed: int = 0, **c
     built = _config(patch, {**TINY, **patch.tiny, **config})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if versions.transformers_version().release < (4, 36):
+        if versions.transformers("<4.36"):
             if implementation == "sdpa":
                 raise Unavailable(f"transformers {versions.transformers_version()} has no sdpa attention")
             built._flash_attn_2_enabled = implementation == "flash_attention_2"
@@ -62,7 +64,7 @@ def tiny_model(patch: Patch, implementation: str = "sdpa", *, seed: int = 0, **c
             raise kind(f"{patch.model_type} can't be loaded as {implementation}: {error!r}") from error
 
 
-def _config(patch: Patch, values: dict[str, Any]) -> Any:
+def _config(patch: Patch, values: Mapping[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if patch.model_type not in CONFIG_MAPPING:
@@ -71,13 +73,15 @@ def _config(patch: Patch, values: dict[str, Any]) -> Any:
     forms = [scaling]
     if "rope_type" in scaling:  # as it was called before 4.43, and in some configs before 4.45
         forms.append({"type": scaling["rope_type"], "factor": scaling["factor"]})
-    if versions.transformers_version().release < (4, 43):
+    if versions.transformers("<4.43"):
         forms.reverse()
     errors = []
     for form in forms:
         given = {**values, "rope_scaling": form} if form else values
         try:
-            return AutoConfig.for_model(patch.model_type, **{name: _copied(value) for name, value in given.items()})
+            return AutoConfig.for_model(
+                patch.model_type, **{name: _copy_if_dict(value) for name, value in given.items()}
+            )
         except Exception as error:  # upstream's own: a ValueError for what it does not know, others for its faults
             errors.append(error)
     kind = Unavailable if isinstance(errors[0], ValueError) else UpstreamFails
@@ -85,22 +89,22 @@ def _config(patch: Patch, values: dict[str, Any]) -> Any:
 
 
 def examples(lengths: Sequence[int], *, seed: int = 1, vocab_size: int = TINY["vocab_size"]) -> list[Tensor]:
-    """Random token ids, int64 (1, length) each, without the special tokens 0 to 2."""
+    """Makes random token ids, int64 (1, length) each, without the special tokens 0 to 2."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, vocab_size, (1, length), generator=generator) for length in lengths]
 
 
 def pack(sequences: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The examples (1, length) end to end: input_ids and restarting position_ids, (1, T) each."""
+    """Puts examples (1, length) end to end: input_ids and restarting position_ids, (1, T) each."""
     positions = [torch.arange(each.shape[1]).unsqueeze(0) for each in sequences]
     return {"input_ids": torch.cat(list(sequences), dim=1), "position_ids": torch.cat(positions, dim=1)}
 
 
 def pad(sequences: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The examples (1, length) as rows padded on the right: input_ids, attention_mask and labels, (B, longest) each."""
+    """Pads examples (1, length) on the right: input_ids, attention_mask and labels, (B, longest) each."""
     longest = max(each.shape[1] for each in sequences)
     ids, mask = (torch.zeros(len(sequences), longest, dtype=torch.int64) for _ in range(2))
-    labels = torch.full_like(ids, -100)
+    labels = torch.full_like(ids, IGNORED_LABEL)
     for row, each in enumerate(sequences):
         length = each.shape[1]
         ids[row, :length] = labels[row, :length] = each
@@ -108,5 +112,19 @@ def pad(sequences: Sequence[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def _copied(value: Any) -> Any:
+def checkpointing(*, reentrant: bool) -> Callable[[Any], None]:
+    """Returns a function that switches gradient checkpointing on in a model, of the given kind, on any version."""
+
+    def switch_on(model: Any) -> None:
+        parameters = inspect.signature(model.gradient_checkpointing_enable).parameters
+        takes_kind = "gradient_checkpointing_kwargs" in parameters  # 4.35 on
+        kind = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}} if takes_kind else {}
+        model.gradient_checkpointing_enable(**kind)
+        if reentrant:
+            model.enable_input_require_grads()
+
+    return switch_on
+
+
+def _copy_if_dict(value: object) -> object:
     return dict(value) if isinstance(value, dict) else value  # upstream writes into the rope_scaling it is given

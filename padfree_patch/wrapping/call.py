@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+_names: weakref.WeakKeyDictionary[Callable[..., Any], tuple[tuple[str, ...], bool]] = weakref.WeakKeyDictionary()
 _signatures: weakref.WeakKeyDictionary[Callable[..., Any], inspect.Signature] = weakref.WeakKeyDictionary()
 
 
@@ -25,6 +26,17 @@ def takes_keyword(function: Callable[..., Any], name: str) -> bool:
     return name in takes or any(each.kind is each.VAR_KEYWORD for each in takes.values())
 
 
+def _positional(function: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:
+    """Returns the names that can be passed by position, and whether more can be."""
+    found = _names.get(function)
+    if found is None:
+        parameters = signature(function).parameters.values()
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        names = tuple(each.name for each in parameters if each.kind in kinds)
+        found = _names[function] = names, any(each.kind is each.VAR_POSITIONAL for each in parameters)
+    return found
+
+
 class Call:
     """A call that somebody has made of a wrapped function, before it goes on to the function itself.
 
@@ -39,12 +51,9 @@ class Call:
     """All arguments by name, those of `**kwargs` among them; may be changed."""
 
     def __init__(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]):
-        parameters = signature(original).parameters.values()
-        names = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+        names, takes_more = _positional(original)
         named = dict(zip(names, args))
-        if (len(args) > len(names) and not any(each.kind is each.VAR_POSITIONAL for each in parameters)) or (
-            named.keys() & kwargs.keys()
-        ):
+        if (len(args) > len(names) and not takes_more) or named.keys() & kwargs.keys():
             original(*args, **kwargs)  # raises the TypeError that Python has for it
         self.original = original
         self.arguments = {**named, **kwargs}

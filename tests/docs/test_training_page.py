@@ -11,7 +11,7 @@ import torch
 
 from helpers.two_processes import dispatching
 from padfree_patch.batch.sequences import PackedSequences
-from padfree_patch.texts import train_tokenizer
+from padfree_patch.measure.texts import train_tokenizer
 
 pytestmark = pytest.mark.versions
 

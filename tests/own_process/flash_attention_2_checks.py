@@ -124,7 +124,7 @@ def test_one_sync_where_upstream_asks_in_every_layer():
             assert conformance.syncs_of(make(), {"input_ids": batch["input_ids"]}) >= 6
     with applied(make()) as model, torch.no_grad(), SyncCounter() as syncs:
         model(**batch)
-    assert syncs.total <= (2 if versions.inside(RUNNING, "<4.45") else 1)  # 2: see conformance._allowed_syncs
+    assert syncs.total <= (2 if versions.inside(RUNNING, "<4.45") else 1)  # 2: see conformance.allowed_syncs
 
 
 def test_window_is_that_of_upstreams_flash_attention():

@@ -22,9 +22,9 @@ from padfree_patch import (
     pack_dataset,
     restore,
 )
+from padfree_patch.measure.texts import train_tokenizer
 from padfree_patch.registry import registry
 from padfree_patch.testing import tiny_model
-from padfree_patch.texts import train_tokenizer
 
 HAS_PADDING_FREE = "padding_free" in inspect.signature(SFTConfig).parameters
 LENGTHS = [5, 9, 2, 12, 7, 17, 3, 4, 6, 11, 2, 8, 13, 5, 9, 4]

@@ -13,12 +13,10 @@ import padfree_patch.versions
 from helpers.models import PATCHES, skip_if_unavailable
 from padfree_patch import applied
 from padfree_patch.registry import registry
-from padfree_patch.testing import CHECKS, conformance, examples, pack, pad, tiny_model
+from padfree_patch.testing import CHECKS, FAIL_UNPATCHED, checkpointing, conformance, examples, pack, pad, tiny_model
 
 TRANSFORMERS = padfree_patch.versions.transformers_version().release
 ROUTED = [patch for patch in PATCHES if patch.model_type in ("dbrx", "mixtral", "qwen2_moe")]
-# check_ordinary_calls passes unpatched by its nature; check_cost has its controls in test_cost.py.
-FAIL_UNPATCHED = [c for c in CHECKS if c not in (conformance.check_ordinary_calls, conformance.check_cost)]
 
 
 def _id(value) -> str:
@@ -58,7 +56,7 @@ def test_router_losses_are_the_padded_batchs(patch, implementation):
 @pytest.mark.versions
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_gradients_survive_checkpointing(make, reentrant):
-    conformance.check_gradients(make, prepare=conformance.checkpointing(reentrant=reentrant))
+    conformance.check_gradients(make, prepare=checkpointing(reentrant=reentrant))
 
 
 @pytest.mark.versions

@@ -1,20 +1,23 @@
-"""From a packed batch back to its examples."""
+"""Goes from a packed batch back to its examples."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .batch.sequences import PackedSequences
-from .errors import PadfreeError
+from ..batch.labels import IGNORED_LABEL, ignore_first_labels
+from ..batch.sequences import PackedSequences
+from ..errors import PadfreeError
 
 
 def unpack(packed: Tensor, sequences: PackedSequences) -> list[Tensor]:
-    """Per-example views of something that has a value per token of a packed batch.
+    """Splits something that has a value per token of a packed batch into views, one per example.
 
     Args:
         packed: (B, T, ...) such as logits, or (B * T, ...).
-        sequences: of the batch: its `packed_sequences`, or `PackedSequences.from_position_ids(batch["position_ids"])`.
+        sequences: those of the batch: its `packed_sequences`, or
+            `PackedSequences.from_position_ids(batch["position_ids"])`.
 
     Returns (length, ...) per sequence; with `pad_to_multiple_of` the last one is the padding.
 
@@ -27,9 +30,9 @@ def unpack(packed: Tensor, sequences: PackedSequences) -> list[Tensor]:
 
 
 def last_tokens(packed: Tensor, sequences: PackedSequences) -> Tensor:
-    """What stands at each sequence's last token, (sequences, ...): the pooling of classifiers and reward models.
+    """Returns the values at each sequence's last token, (sequences, ...): the pooling of classifiers and reward models.
 
-    Arguments and errors as of `unpack`; differentiable, and without a device sync.
+    Arguments and errors are those of `unpack`. Differentiable, and without a device sync.
 
     >>> last_tokens(torch.tensor([[7, 8, 9]]), PackedSequences.from_lengths([1, 2]))
     tensor([7, 9])
@@ -39,12 +42,13 @@ def last_tokens(packed: Tensor, sequences: PackedSequences) -> Tensor:
 
 
 def sequence_log_probs(logits: Tensor, labels: Tensor, sequences: PackedSequences) -> Tensor:
-    """Log-probability of each sequence's labels, float32 (sequences,): what preference losses such as DPO compare.
+    """Sums the log-probabilities of each sequence's labels, float32 (sequences,), for preference losses such as DPO's.
 
     Args:
         logits: (B, T, vocabulary).
-        labels: int64 (B, T); -100 is left out, and so is every sequence's first token, which nothing predicts.
-        sequences: of the batch. With chosen examples before rejected ones, the first half of the result is theirs.
+        labels: int64 (B, T); -100 is ignored, and so is every sequence's first label, which nothing predicts.
+        sequences: those of the batch. With chosen examples before rejected ones, the first half of the result is the
+            chosen ones'.
 
     Raises PadfreeError if logits or labels have another number of tokens, or other shapes.
     """
@@ -52,10 +56,9 @@ def sequence_log_probs(logits: Tensor, labels: Tensor, sequences: PackedSequence
         raise PadfreeError(
             f"logits must be (B, T, vocabulary), labels (B, T), found {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
-    flat_logits, flat_labels = _tokens_first(logits.flatten(0, 1), sequences), labels.flatten()
-    starts = sequences.cu_seqlens[:-1].long().to(flat_labels.device)
-    following = flat_labels.index_fill(0, starts, -100).roll(-1)
-    losses = torch.nn.functional.cross_entropy(flat_logits.float(), following, ignore_index=-100, reduction="none")
+    flat_logits = _tokens_first(logits.flatten(0, 1), sequences)
+    following = ignore_first_labels(labels, sequences).flatten().roll(-1)
+    losses = F.cross_entropy(flat_logits.float(), following, ignore_index=IGNORED_LABEL, reduction="none")
     owner = torch.repeat_interleave(
         torch.arange(len(sequences), device=losses.device),
         sequences.cu_seqlens.diff().long().to(losses.device),
@@ -65,7 +68,10 @@ def sequence_log_probs(logits: Tensor, labels: Tensor, sequences: PackedSequence
 
 
 def _tokens_first(packed: Tensor, sequences: PackedSequences) -> Tensor:
-    """(B * T, ...), of that or of (B, T, ...); (B, 1, ...) of B tokens could be either and is taken for the second."""
+    """Returns (B * T, ...), given that or (B, T, ...).
+
+    (B, 1, ...) with B tokens could be either, and is read as the latter.
+    """
     one_token_rows = packed.dim() > 2 and packed.shape[1] == 1
     if packed.shape[0] == sequences.total and not one_token_rows:
         return packed

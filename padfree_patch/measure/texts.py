@@ -1,4 +1,4 @@
-"""Prompt/completion text from a JSON-lines file, as token ids."""
+"""Reads texts from a JSON-lines file and turns them into token ids."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
-from .errors import PadfreeError
+from ..errors import PadfreeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+Item = TypeVar("Item")
 
 FIELDS = ("prompt", "completion")
 
@@ -20,10 +25,9 @@ class DataError(PadfreeError):
 
 
 def read_texts(path: Path, fields: Sequence[str] = FIELDS) -> list[str]:
-    """One text per line of a ``.jsonl`` or ``.jsonl.gz`` file: its fields joined, prompt and completion by default.
+    """Reads one text per line of a .jsonl or .jsonl.gz file: its fields joined, prompt and completion by default.
 
-    Raises:
-        DataError: naming the first line that is not such an object, and what it holds instead.
+    Raises DataError naming the first line that is not such an object, and what it holds instead.
     """
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
@@ -40,7 +44,10 @@ def read_texts(path: Path, fields: Sequence[str] = FIELDS) -> list[str]:
 
 
 def read_text(line: str, place: str, fields: Sequence[str] = FIELDS) -> str:
-    """The fields joined, with a line break between two where the first does not end in white space."""
+    """Joins the fields of a line, with a line break between two if the first does not end in white space.
+
+    Raises DataError naming the `place` if the line is no object with these fields, or all are empty.
+    """
     wanted = " and ".join(fields)
     try:
         example = json.loads(line)
@@ -50,23 +57,22 @@ def read_text(line: str, place: str, fields: Sequence[str] = FIELDS) -> str:
         raise DataError(f"{place}: expected an object with {wanted}, found {type(example).__name__}")
     text = ""
     for field in fields:
-        if not isinstance(example.get(field), str):
-            found = (
-                f"a value of type {type(example[field]).__name__}"
-                if field in example
-                else f"only the keys {sorted(example)}"
+        value = example.get(field)
+        if not isinstance(value, str):
+            known = (
+                f"a value of type {type(value).__name__}" if field in example else f"only the keys {sorted(example)}"
             )
-            raise DataError(f"{place}: expected a string in field {field!r}, found {found}")
-        text += ("\n" if text and not text[-1].isspace() else "") + example[field]
+            raise DataError(f"{place}: expected a string in field {field!r}, found {known}")
+        text += ("\n" if text and not text[-1].isspace() else "") + value
     if not text:
         raise DataError(f"{place}: {wanted} {'are both' if len(fields) == 2 else 'is all'} empty")
     return text
 
 
-def shuffled(items: list[Any], *, count: int, seed: int) -> list[Any]:
-    """`count` items in random order; each is used once before any is used twice."""
+def shuffled(items: list[Item], *, count: int, seed: int) -> list[Item]:
+    """Returns `count` items in random order; each is used once before any is used twice."""
 
-    def epochs() -> Iterator[Any]:
+    def epochs() -> Iterator[Item]:
         generator = random.Random(seed)
         while True:
             yield from generator.sample(items, len(items))
@@ -74,15 +80,15 @@ def shuffled(items: list[Any], *, count: int, seed: int) -> list[Any]:
     return list(itertools.islice(epochs(), count))
 
 
-def tokenise(texts: list[str], tokenizer: Any, *, max_length: int) -> list[list[int]]:
-    """Token ids of each text, ended by the end-of-text token if there is one, cut to max_length tokens."""
+def tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[list[int]]:
+    """Returns the token ids of each text with the end-of-text token, if there is one, cut to `max_length` tokens."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = tokenizer(texts, verbose=False)["input_ids"]  # verbose: no warning about lengths that are cut here anyway
     return [(text_ids + end)[:max_length] for text_ids in ids]
 
 
-def train_tokenizer(texts: list[str], *, vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer learned from the texts themselves, as a transformers tokenizer."""
+def train_tokenizer(texts: list[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer on the texts themselves."""
     import tokenizers
     import transformers
 

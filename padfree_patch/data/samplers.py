@@ -1,4 +1,4 @@
-"""A batch sampler by tokens instead of examples."""
+"""A batch sampler that fills batches by tokens, not by examples."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-from .binning import best_fit_decreasing, check_lengths
-from .errors import PadfreeError
+from ..errors import PadfreeError
+from .packing_plan import best_fit_decreasing, check_lengths
 
 
 class TokenBudgetBatchSampler(Sampler[list[int]]):
-    """Batches of examples that together have at most `max_tokens` tokens, for a collator that flattens them.
+    """Yields batches of at most `max_tokens` tokens, for a collator that flattens them.
 
-    Every example comes once per epoch. The number of batches is a multiple of `num_replicas`: the fullest batch is
-    divided where it must be, and if every batch holds a single example, the cheapest one comes again. Each
-    `num_replicas` batches that follow one another cost about the same attention, sum of length squared, so that no
+    Every example comes once per epoch. The number of batches is a multiple of `num_replicas`. To reach one, the batch
+    with most examples is divided; if every batch holds a single example, the cheapest batch comes again. Each
+    `num_replicas` batches that follow one another cost about the same attention, the sum of squared lengths, so that no
     process waits for another.
 
     Pass it as `batch_sampler=` to a DataLoader, with the process's `rank`. A loader that accelerate has prepared gives
     each process every `num_replicas`-th batch itself: leave `rank` out there, and pass its `even_batches=False`.
 
-    With more examples than `window` the number of batches differs a little from epoch to epoch.
+    With more examples than `window`, the number of batches differs a little from epoch to epoch.
 
     Args:
         lengths: tokens per example, from 1 to `max_tokens`.
@@ -31,8 +31,8 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         num_replicas: processes that train together.
         rank: which of them this is, from 0; None yields the batches of all.
         seed: of the random order, which differs from epoch to epoch (`set_epoch`).
-        window: examples, drawn at random, among which batches are put together: more of them fill batches better,
-            fewer mix them more.
+        window: number of examples, drawn at random, among which batches are put together. A larger window fills
+            batches better, a smaller one mixes the examples more.
 
     Raises PadfreeError if a length is out of range, there are fewer examples than replicas, or no such rank.
     """
@@ -63,41 +63,41 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self._planned: tuple[int, list[list[int]]] | None = None
 
     def __len__(self) -> int:
-        """Batches that this rank gets in this epoch."""
-        return len(self._of_all()) // (1 if self.rank is None else self.num_replicas)
+        """Counts the batches that this rank gets in this epoch."""
+        return len(self._batches_of_epoch()) // (1 if self.rank is None else self.num_replicas)
 
     def __iter__(self) -> Iterator[list[int]]:
         if self._complete:
             self.set_epoch(self._epoch + 1)
-        batches = self._of_all()
+        batches = self._batches_of_epoch()
         if self.rank is not None:
             batches = batches[self.rank :: self.num_replicas]
         self._begun, self._skip = self._skip, 0
         for batch in batches[self._begun :]:
-            self._begun += 1  # before the yield: what was handed out counts
+            self._begun += 1  # before the yield, so that a state saved after it counts this batch
             yield batch
         self._complete = True
 
     def set_epoch(self, epoch: int) -> None:
-        """The order of this epoch, from 0. A pass that follows a complete one is of the next epoch without it."""
+        """Chooses the order of an epoch, from 0. Without a call, the pass after a complete one is of the next epoch."""
         if epoch != self._epoch:
             self._epoch, self._begun, self._skip = epoch, 0, 0
         self._complete = False
 
     @property
     def sampler(self) -> TokenBudgetBatchSampler:
-        """Itself: where accelerate's loaders of before 1.0 look for `set_epoch`."""
+        """Returns the sampler itself: accelerate before 1.0 looks for `set_epoch` here."""
         return self
 
     def state_dict(self) -> dict[str, int]:
-        """Where this rank is: the epoch, and how many of its batches were handed out.
+        """Returns the epoch, and how many of its batches this rank has yielded.
 
         A loader with workers takes a few batches ahead of the training (accelerate's loaders keep count themselves).
         """
         return {"epoch": self._epoch, "batches": self._begun, **self._settings()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues there: the next pass leaves out the batches that were handed out.
+        """Continues from a state: the next pass leaves out the batches that were yielded before it was saved.
 
         Raises PadfreeError if the state is of a sampler with other lengths or arguments, and so of another order.
         """
@@ -108,13 +108,13 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self._begun = self._skip
 
     def _settings(self) -> dict[str, int]:
-        """What the order depends on besides the epoch."""
+        """Returns what the order depends on besides the epoch."""
         return {
             **{name: getattr(self, name) for name in ("seed", "max_tokens", "num_replicas", "window")},
             "lengths": zlib.crc32(self.lengths.tobytes()),
         }
 
-    def _of_all(self) -> list[list[int]]:
+    def _batches_of_epoch(self) -> list[list[int]]:
         if self._planned is None or self._planned[0] != self._epoch:
             self._planned = self._epoch, self._plan(np.random.default_rng((self.seed, self._epoch)))
         return self._planned[1]

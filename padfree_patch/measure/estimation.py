@@ -1,4 +1,4 @@
-"""What padding costs on one's own data, and what leaving it out would save, from the lengths alone."""
+"""Estimates from lengths alone what padding costs on a data set, and what leaving it out would save."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .errors import PadfreeError
+from ..errors import PadfreeError
 
 SHUFFLES = 5
 """Epochs in random order over which batches are averaged."""
@@ -26,16 +26,21 @@ class Estimate:
     padding_share: float
     """Part of the padded batches that is padding."""
     expected_speedup: float
-    """Padded over real tokens: how much faster a step gets if time goes with tokens."""
+    """Padded over real tokens: how much faster a step gets if its time is proportional to its tokens."""
     attention_saved: float
-    """Part of the padded batches' attention work, which goes with length squared, that falls away."""
+    """Part of the padded batches' attention work that is saved; work is proportional to length squared."""
     tokens_per_step: float
-    """Real tokens per batch, on average: what a padding-free row holds."""
+    """Real tokens per batch, on average: the length of a padding-free row."""
     tokens_per_step_p99: int
-    """In 99 of 100 batches it holds no more."""
+    """Of 100 batches, 99 have at most so many real tokens."""
     padded_tokens_per_step: float
-    """With padding, on average."""
+    """Tokens per padded batch, on average."""
     padded_tokens_per_step_p99: int
+    """Of 100 padded batches, 99 have at most so many tokens."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Gives every field, ready for JSON."""
+        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         return "\n".join(
@@ -52,7 +57,7 @@ class Estimate:
 
 
 def estimate(lengths: Iterable[int], *, batch_size: int, seed: int = 0) -> Estimate:
-    """What padding costs on examples of these lengths, and what leaving it out would save.
+    """Estimates what padding costs on examples of these lengths, and what leaving it out would save.
 
     Args:
         lengths: tokens per example, as trained on (cut to the longest that is allowed).

@@ -1,16 +1,16 @@
-"""Which examples share a row, so that as little of it as possible stays empty. Lengths are in tokens."""
+"""Plans which examples share a row, so that as little of it as possible stays empty. Lengths are in tokens."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from sortedcontainers import SortedList
 
-from .errors import PadfreeError
+from ..errors import PadfreeError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,18 +18,18 @@ class PackingPlan:
     """Rows of examples, none longer than `max_length` tokens."""
 
     rows: list[list[int]]
-    """The examples of each row, by their place in `lengths`."""
-    lengths: np.ndarray[Any, Any]
+    """The examples of each row, as indices into `lengths`."""
+    lengths: npt.NDArray[np.int64]
     """int64 (examples,): tokens of each."""
     max_length: int
 
     @property
     def waste(self) -> float:
-        """Part of all rows that stays empty, if every row had `max_length` tokens."""
+        """Returns the part of all rows that stays empty, if every row had `max_length` tokens."""
         return 1 - int(self.lengths.sum()) / (len(self.rows) * self.max_length)
 
     def steps(self, batch_size: int, *, rows_per_step: int = 1) -> tuple[int, int]:
-        """Optimizer steps of an epoch: with `batch_size` examples each, and with `rows_per_step` rows each."""
+        """Returns optimizer steps of an epoch: with `batch_size` examples each, and with `rows_per_step` rows each."""
         return math.ceil(len(self.lengths) / batch_size), math.ceil(len(self.rows) / rows_per_step)
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ class PackingPlan:
 
 
 def plan_packing(lengths: Iterable[int], max_length: int) -> PackingPlan:
-    """Best-fit decreasing: the longest example first, each into the fullest row that still has room for it.
+    """Plans rows by best-fit decreasing: the longest example first, each into the fullest row that has room for it.
 
     Takes time in proportion to n log n.
 
@@ -58,8 +58,11 @@ def plan_packing(lengths: Iterable[int], max_length: int) -> PackingPlan:
     return PackingPlan(best_fit_decreasing(checked, max_length), checked, max_length)
 
 
-def check_lengths(lengths: Iterable[int], most: int) -> np.ndarray[Any, Any]:
-    """int64 (examples,). Raises PadfreeError if there is none, or one is empty or longer than `most` tokens."""
+def check_lengths(lengths: Iterable[int], most: int) -> npt.NDArray[np.int64]:
+    """Returns lengths as int64 (examples,).
+
+    Raises PadfreeError if there is none, or one is empty or longer than `most` tokens.
+    """
     checked = np.fromiter(lengths, dtype=np.int64)
     check_not_empty(checked)
     if (longest := checked.max()) > most:
@@ -70,7 +73,7 @@ def check_lengths(lengths: Iterable[int], most: int) -> np.ndarray[Any, Any]:
     return checked
 
 
-def check_not_empty(lengths: np.ndarray[Any, Any]) -> None:
+def check_not_empty(lengths: npt.NDArray[np.int64]) -> None:
     """Raises PadfreeError if there is no example, or one has no tokens."""
     if not len(lengths):
         raise PadfreeError("no examples to pack")
@@ -78,8 +81,8 @@ def check_not_empty(lengths: np.ndarray[Any, Any]) -> None:
         raise PadfreeError(f"example {int(lengths.argmin())} has {shortest} tokens; leave empty examples out")
 
 
-def best_fit_decreasing(lengths: np.ndarray[Any, Any], capacity: int) -> list[list[int]]:
-    """Places in `lengths`, row by row; equal lengths in their order."""
+def best_fit_decreasing(lengths: npt.NDArray[np.int64], capacity: int) -> list[list[int]]:
+    """Returns indices into `lengths`, row by row; equal lengths stay in their order."""
     rows: list[list[int]] = []
     with_room: dict[int, list[int]] = {}  # rows by the tokens that they have room for
     rooms = SortedList()  # its keys that have rows

@@ -1,0 +1,203 @@
+"""A collator that flattens examples into one row instead of padding them, and says where each ends."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+
+from ..batch.labels import IGNORED_LABEL, ignore_first_labels
+from ..batch.sequences import PackedSequences
+from ..errors import PadfreeError
+from .fields import (
+    Feature,
+    Integers,
+    Numbers,
+    as_tensors,
+    check_example,
+    join_row,
+    lengths_inside,
+    stack_field,
+    token_field,
+    token_values,
+)
+
+
+class RowOptions(TypedDict, total=False):
+    """Arguments of `DataCollatorWithFlattening` that change neither examples nor labels."""
+
+    return_tensors: str
+    return_position_ids: bool
+    return_flash_attn_kwargs: bool
+    return_seq_idx: bool
+    position_ids_start: int
+
+
+class FlatteningOptions(RowOptions, total=False):
+    """Arguments of `DataCollatorWithFlattening` that other collators pass on to it."""
+
+    pad_token_id: int
+    max_tokens: int | None
+    token_fields: Sequence[str]
+    example_fields: Sequence[str]
+
+
+class DataCollatorWithFlattening:
+    """Flattens a batch of examples into one row (1, T) without padding; upstream's newest, on every version.
+
+    Arguments, defaults and results are those of `transformers.DataCollatorWithFlattening` 5.23, with two differences.
+    An example without tokens, with padding, or with labels of another length is an error. And beside the
+    FlashAttentionKwargs the batch holds `packed_sequences`, the lengths as Python integers, from which a patched model
+    works without reading anything back from the device.
+
+    The label of each example's first token becomes `separator_id`, so that no example is trained to predict the
+    beginning of the next one. How many sequences flash-attn's varlen backward can take at once,
+    (tokens + 128 * sequences) * heads * head_dim rounded up to 32 < 2**31, depends on the model: the flash_attn backend
+    checks it when the batch arrives there.
+
+    Args:
+        return_tensors: "pt" or "np".
+        return_position_ids: return `position_ids`, which restart at `position_ids_start` for every example.
+        separator_id: label of each example's first token. None keeps each first label. A patched model still ignores
+            it; a loss computed outside the model, as with label smoothing, does not. Use None only to match a padded
+            run on Trainers 4.46 to 5.9, which divide by the number of labels and count first labels.
+        return_flash_attn_kwargs: return `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`, and
+            `packed_sequences`. An unpatched model refuses or ignores them.
+        return_seq_idx: return `seq_idx`, the number of the example that a token belongs to, int32 (1, T).
+        position_ids_start: position of each example's first token.
+        pad_to_multiple_of: lengthen the row to a multiple of it by one more sequence, of padding, with labels -100.
+        pad_token_id: the token that this sequence repeats.
+        max_tokens: most tokens of a row. Examples at the end of the batch that would make it longer are left out;
+            `dropped_examples` and `dropped_tokens` count them, and a warning says so.
+        token_fields: names of more fields with a value per token, which are joined like the tokens (padding: 0).
+        example_fields: names of fields with a value per example, which are stacked: (examples, ...).
+    """
+
+    def __init__(
+        self,
+        return_tensors: str = "pt",
+        *,
+        return_position_ids: bool = True,
+        separator_id: int | None = IGNORED_LABEL,
+        return_flash_attn_kwargs: bool = False,
+        return_seq_idx: bool = False,
+        position_ids_start: int = 0,
+        pad_to_multiple_of: int | None = None,
+        pad_token_id: int = 0,
+        max_tokens: int | None = None,
+        token_fields: Sequence[str] = (),
+        example_fields: Sequence[str] = (),
+    ):
+        self.return_tensors = return_tensors
+        self.return_position_ids = return_position_ids
+        self.separator_id = separator_id
+        self.return_flash_attn_kwargs = return_flash_attn_kwargs
+        self.return_seq_idx = return_seq_idx
+        self.position_ids_start = position_ids_start
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.pad_token_id = pad_token_id
+        self.max_tokens = max_tokens
+        self.token_fields = token_fields
+        self.example_fields = example_fields
+        self.dropped_examples = self.dropped_tokens = 0
+
+    def __call__(
+        self,
+        features: Sequence[Feature],
+        return_tensors: str | None = None,
+        separator_id: int | None = None,
+    ) -> dict[str, Any]:
+        """Flattens examples.
+
+        Args:
+            features: each with `input_ids` and, if one has them, `labels`, lists or 1-D tensors of one length. One that
+                holds several examples itself (`pack_dataset`) says so by `seq_lengths`, `position_ids` that restart,
+                `seq_idx` or an `attention_mask` of segment numbers.
+            return_tensors, separator_id: instead of those given to the constructor.
+
+        Returns int64 `input_ids` and `labels` (1, T), and what the constructor was asked for.
+
+        Raises PadfreeError naming the example if one is empty, padded, or has labels of another length.
+        """
+        tokens, labels = _tokens_and_labels(features)
+        fitting = self._count_that_fit([len(each) for each in tokens])
+        features, tokens, labels = features[:fitting], tokens[:fitting], labels[:fitting]
+        lengths = [length for i, each in enumerate(features) for length in lengths_inside(each, len(tokens[i]), i)]
+        padding = -sum(lengths) % (self.pad_to_multiple_of or 1)
+        sequences = PackedSequences.from_lengths([*lengths, padding] if padding else lengths)
+        separator = self.separator_id if separator_id is None else separator_id
+        batch: dict[str, object] = {
+            "input_ids": join_row(tokens, padding, self.pad_token_id),
+            "labels": _joined_labels(labels, lengths, padding, separator),
+            **self._boundaries(sequences),
+            **self._more_fields(features, [len(each) for each in tokens], padding),
+        }
+        batch = as_tensors(batch, return_tensors or self.return_tensors)
+        if self.return_flash_attn_kwargs:
+            batch["packed_sequences"] = sequences
+        return batch
+
+    def _count_that_fit(self, lengths: list[int]) -> int:
+        """Returns how many of the examples `max_tokens` has room for; counts the others as dropped, with a warning."""
+        if self.max_tokens is None:
+            return len(lengths)
+        multiple = self.pad_to_multiple_of or 1
+        most = self.max_tokens // multiple * multiple  # what is added to reach a multiple counts
+        if sum(lengths) <= most:
+            return len(lengths)
+        fitting = int(np.searchsorted(np.cumsum(lengths), most, side="right"))
+        if not fitting:
+            raise PadfreeError(
+                f"the first example has {lengths[0]} tokens, more than max_tokens={self.max_tokens}"
+                + (f" has room for in multiples of {multiple}" if multiple > 1 else "")
+            )
+        self.dropped_examples += len(lengths) - fitting
+        self.dropped_tokens += sum(lengths[fitting:])
+        warnings.warn(
+            f"left out {len(lengths) - fitting} of {len(lengths)} examples over max_tokens={self.max_tokens}; "
+            "with TokenBudgetBatchSampler none has to be",
+            stacklevel=3,
+        )
+        return fitting
+
+    def _boundaries(self, sequences: PackedSequences) -> dict[str, object]:
+        """Returns what says where the sequences end, in each of the forms that were asked for."""
+        forms: dict[str, object] = {}
+        if self.return_position_ids:
+            forms["position_ids"] = (sequences.position_ids().numpy() + self.position_ids_start)[None]
+        if self.return_seq_idx:
+            forms["seq_idx"] = np.repeat(np.arange(len(sequences), dtype=np.int32), sequences.lengths)[None]
+        if self.return_flash_attn_kwargs:
+            forms["cu_seq_lens_q"] = forms["cu_seq_lens_k"] = sequences.cu_seqlens.numpy()
+            forms["max_length_q"] = forms["max_length_k"] = sequences.max_seqlen
+        return forms
+
+    def _more_fields(self, features: Sequence[Feature], lengths: list[int], padding: int) -> dict[str, Numbers]:
+        """Returns the `token_fields`, joined, and the `example_fields`, stacked."""
+        return {
+            **{name: join_row(token_field(features, name, lengths), padding, 0) for name in self.token_fields},
+            **{name: stack_field(features, name) for name in self.example_fields},
+        }
+
+
+def _tokens_and_labels(features: Sequence[Feature]) -> tuple[list[Integers], list[Integers]]:
+    """Returns the tokens and the labels of each example; where no example has labels, the tokens are the labels."""
+    if not features:
+        raise PadfreeError("no examples to collate")
+    tokens = [token_values(feature, "input_ids", i) for i, feature in enumerate(features)]
+    has_labels = any("labels" in feature for feature in features)
+    labels = [token_values(feature, "labels", i) for i, feature in enumerate(features)] if has_labels else tokens
+    for i, feature in enumerate(features):
+        check_example(feature, tokens[i], labels[i], f"example {i} of {len(features)}")
+    return tokens, labels
+
+
+def _joined_labels(labels: list[Integers], lengths: list[int], padding: int, separator: int | None) -> Numbers:
+    """Joins labels into a row (1, T), each sequence's first one replaced by the separator if there is one."""
+    joined = torch.from_numpy(np.concatenate(labels))
+    if separator is not None:
+        joined = ignore_first_labels(joined, PackedSequences.from_lengths(lengths), label=separator)
+    return join_row([joined.numpy()], padding, IGNORED_LABEL)

@@ -1,0 +1,104 @@
+"""A collator that flattens pairs of a preferred and a rejected answer: for DPO, its kin and reward models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..batch.labels import IGNORED_LABEL
+from ..errors import PadfreeError
+from .fields import Feature, Integers, as_tensors, field_names, stack_field, token_values
+from .flattening import DataCollatorWithFlattening, RowOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_BREAKING = {"max_tokens", "pad_to_multiple_of", "token_fields", "example_fields", "separator_id"}
+"""Arguments of `DataCollatorWithFlattening` that would leave examples out, add a sequence, or change the labels."""
+
+
+class DataCollatorForPreference:
+    """Flattens pairs into one row (1, T): every chosen answer, then every rejected one, each after its prompt.
+
+    TRL's collator of this name, with its columns and order, without padding. The labels are those of the answers:
+    `sequence_log_probs(logits, labels, packed_sequences)` gives (2 * pairs,), the first half of which are the chosen
+    ones, and so does `last_tokens` for a reward model.
+
+    Args:
+        ignore_index: label of prompts.
+        pair_fields: names of more fields with a value per pair, such as a reference model's log-probabilities
+            (`ref_chosen_logps`), which are stacked: (pairs, ...).
+        flattening: arguments of `DataCollatorWithFlattening`, except those that leave examples out or add a sequence.
+            `return_flash_attn_kwargs` is on unless it is given: the batch holds its `packed_sequences`.
+    """
+
+    def __init__(
+        self,
+        *,
+        ignore_index: int = IGNORED_LABEL,
+        pair_fields: Sequence[str] = (),
+        **flattening: Unpack[RowOptions],
+    ):
+        if breaking := _BREAKING & set(flattening):
+            raise PadfreeError(
+                f"DataCollatorForPreference takes no {', '.join(sorted(breaking))}: the first half of a row's "
+                "sequences must be the chosen ones of the second. Fields of a pair are pair_fields, labels of prompts "
+                "ignore_index"
+            )
+        self.ignore_index = ignore_index
+        self.pair_fields = pair_fields
+        options: RowOptions = {"return_flash_attn_kwargs": True, **flattening}
+        self._flatten = DataCollatorWithFlattening(separator_id=ignore_index, **options)
+
+    def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
+        """Collates pairs.
+
+        Args:
+            features: each with `chosen_ids` and `rejected_ids` and, if the two do not hold it themselves, the
+                `prompt_ids` that both continue, lists or 1-D tensors; before TRL 1.0 the names end in `_input_ids`.
+                With `chosen_labels` and `rejected_labels` (TRL before 0.12) the answers hold their prompt.
+
+        Returns what `DataCollatorWithFlattening` does, and the `pair_fields`.
+
+        Raises PadfreeError naming the pair if it lacks an answer or has an empty one, or has a prompt where the first
+        pair has none.
+        """
+        if not features:
+            raise PadfreeError("no pairs to collate")
+        has_prompt = _token_column(features[0], "prompt") is not None
+        examples = [
+            self._example(feature, answer, has_prompt, i, len(features))
+            for answer in ("chosen", "rejected")
+            for i, feature in enumerate(features)
+        ]
+        batch = self._flatten(examples)
+        fields = {name: stack_field(features, name) for name in self.pair_fields}
+        return {**batch, **as_tensors(fields, self._flatten.return_tensors)}
+
+    def _example(self, feature: Feature, answer: str, has_prompt: bool, index: int, count: int) -> dict[str, Integers]:
+        """Returns one answer of a pair after its prompt, whose labels are `ignore_index`."""
+        place = f"pair {index} of {count}"
+        if has_prompt != (_token_column(feature, "prompt") is not None):
+            raise PadfreeError(f"{place}: a prompt in some pairs only; found {field_names(feature)}")
+        tokens = _pair_tokens(feature, answer, index)
+        if not len(tokens):
+            raise PadfreeError(f"{place} has an empty {answer} answer")
+        if feature.get(f"{answer}_labels") is not None:  # whole texts, as TRL before 0.12 makes them
+            return {"input_ids": tokens, "labels": token_values(feature, f"{answer}_labels", index)}
+        prompt = _pair_tokens(feature, "prompt", index) if has_prompt else np.zeros(0, dtype=np.int64)
+        labels = np.concatenate([np.full_like(prompt, self.ignore_index), tokens])
+        return {"input_ids": np.concatenate([prompt, tokens]), "labels": labels}
+
+
+def _token_column(feature: Feature, name: str) -> str | None:
+    """Returns the column that holds the prompt or an answer, by the newer or the older of TRL's names."""
+    return next((each for each in (f"{name}_ids", f"{name}_input_ids") if feature.get(each) is not None), None)
+
+
+def _pair_tokens(feature: Feature, name: str, index: int) -> Integers:
+    column = _token_column(feature, name)
+    if column is None:
+        raise PadfreeError(f"pair {index} has no {name}_ids; it has {field_names(feature)}")
+    return token_values(feature, column, index)

@@ -1,0 +1,116 @@
+"""DataCollatorForCompletionOnlyLM: what is trained on, padded and flattened."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+
+from padfree_patch import DataCollatorForCompletionOnlyLM, PadfreeError
+
+pytestmark = pytest.mark.versions
+
+
+class Tokenizer:
+    """One token per character, its code point; pads with its own end token, as many do."""
+
+    pad_token_id = eos_token_id = ord("$")
+    padding_side = "right"
+
+    def encode(self, text, add_special_tokens=True):
+        return [ord(character) for character in text]
+
+
+def completion_labels(text, batch_row):
+    """What is trained on: the text with a dot for every ignored label."""
+    return "".join("." if label == -100 else chr(label) for label in batch_row.tolist())
+
+
+def collate(texts, **options):
+    options = {"response_template": "A:", "tokenizer": Tokenizer(), **options}
+    features = [{"input_ids": Tokenizer().encode(text)} for text in texts]
+    return DataCollatorForCompletionOnlyLM(**options)(features)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "trained"),
+    [
+        ("Q:oneA:two$", {}, ".......two$"),
+        ("Q:oneA:two$", {"response_template": [ord("A"), ord(":")]}, ".......two$"),
+        ("A:noA:two$", {}, "......two$"),  # the last one counts, as in TRL
+        ("Q:1A:23Q:4A:56$", {"instruction_template": "Q:"}, ".....23.....56$"),
+        ("Q:1A:23Q:45", {"instruction_template": "Q:"}, ".....23...."),  # a turn without an answer
+        ("hi A:23Q:4A:5$", {"instruction_template": "Q:"}, ".....23.....5$"),  # begins without an instruction
+    ],
+)
+def test_completion_only_labels(text, options, trained):
+    padded = collate([text, "Q:A:x$"], **options)
+    assert completion_labels(text, padded["labels"][0]).rstrip(".") == trained.rstrip(".")
+    flat = collate([text, "Q:A:x$"], **options, padding_free=True)
+    assert completion_labels(text, flat["labels"][0]) == trained + "....x$"
+
+
+def test_completion_only_pads_or_flattens():
+    texts = ["Q:A:xyz$", "Q:A:x$"]
+    padded = collate(texts)
+    assert padded["input_ids"].shape == padded["attention_mask"].shape == (2, 8)
+    assert padded["attention_mask"].tolist() == [[1] * 8, [1] * 6 + [0] * 2]
+    assert padded["labels"][1].tolist() == [-100] * 4 + [ord("x"), ord("$"), -100, -100]  # eos stays, pad does not
+    flat = collate(texts, padding_free=True, return_flash_attn_kwargs=True)
+    assert flat["position_ids"].tolist() == [[*range(8), *range(6)]]
+    assert flat["cu_seq_lens_q"].tolist() == [0, 8, 14]
+    assert "attention_mask" not in flat
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("Q:one", {}, r"example 1 of 2 has no response template \(\[65, 58\]\) in its 5 tokens"),
+        ("oneA:two", {"instruction_template": "Q:"}, r"example 1 of 2 has no instruction template \(\[81, 58\]\)"),
+    ],
+)
+def test_missing_template_is_loud(text, options, message):
+    with pytest.raises(PadfreeError, match=message):
+        collate(["Q:A:x", text], **options)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"mlm": True}, "mlm"), ({"response_template": ""}, "is empty")])
+def test_completion_only_refuses_nonsense(options, message):
+    with pytest.raises(PadfreeError, match=message):
+        collate(["Q:A:x"], **options)
+
+
+@pytest.mark.parametrize("boundaries", [{"seq_lengths": [4, 3]}, {"position_ids": [0, 1, 2, 3, 0, 1, 2]}], ids=str)
+def test_completions_of_every_example_in_a_packed_row(boundaries):
+    row = {"input_ids": [5, 90, 6, 7, 8, 90, 9], "weight": [1.0] * 7, **boundaries}
+    collator = DataCollatorForCompletionOnlyLM(
+        [90], padding_free=True, return_flash_attn_kwargs=True, token_fields=["weight"]
+    )
+    batch = collator([row])
+    assert batch["packed_sequences"].lengths == (4, 3)
+    assert batch["labels"].tolist() == [[-100, -100, 6, 7, -100, -100, 9]]
+    assert batch["weight"].shape == (1, 7)
+    with pytest.raises(PadfreeError, match="example 0 is a row of 2 examples, which needs padding_free=True"):
+        DataCollatorForCompletionOnlyLM([90])([row])
+    with pytest.raises(PadfreeError, match="example 0 of 1 has no response template"):
+        collator([{**row, "input_ids": [5, 90, 6, 7, 8, 8, 9]}])
+
+
+def test_completions_in_a_row_of_a_multiple():
+    batch = DataCollatorForCompletionOnlyLM([7], padding_free=True, pad_to_multiple_of=8)([{"input_ids": [1, 7, 3]}])
+    assert batch["input_ids"].shape == (1, 8)
+    assert batch["labels"].tolist() == [[-100, -100, 3, -100, -100, -100, -100, -100]]
+
+
+def test_padding_that_is_there_already_is_not_trained():
+    """Also where it is the end token."""
+    end = 2
+    tokenizer = types.SimpleNamespace(pad_token_id=end)
+    feature = {"input_ids": [1, 7, 3, end, end, end], "attention_mask": [1, 1, 1, 1, 0, 0]}
+    batch = DataCollatorForCompletionOnlyLM([7], tokenizer=tokenizer)([feature])
+    assert batch["labels"].tolist() == [[-100, -100, 3, end, -100, -100]]
+
+
+def test_a_completion_that_was_cut_off_is_an_error():
+    with pytest.raises(PadfreeError, match="example 1 of 2 has nothing after its response template"):
+        DataCollatorForCompletionOnlyLM([7], padding_free=True)([{"input_ids": [1, 7, 3]}, {"input_ids": [1, 7]}])
