@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nox
@@ -250,38 +248,9 @@ def eras(session: nox.Session) -> None:
 
 def _matrix(session: nox.Session, chosen: list[str], what_then: str, *options: str) -> None:
     """Runs tools/matrix.py on the built wheel, two versions at a time, each in an environment of its own."""
-    folder = Path(".nox", "matrix").resolve()
-    shutil.rmtree(folder / "verdicts", ignore_errors=True)
-    (folder / "verdicts").mkdir(parents=True)
-    uv = str(Path(sys.executable).with_name("uv"))  # beside nox, which need not be on PATH
-    session.run(uv, "build", "--quiet", "--wheel", "--out-dir", str(folder), external=True)
-    (wheel,) = folder.glob("*.whl")
-
-    helpers = {"PYTHONPATH": os.pathsep.join(["tests", STAND_INS])}
-    environment = {**os.environ, **helpers, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-    def run(version: str) -> subprocess.CompletedProcess[str]:
-        python = str(folder / version / "bin" / "python")
-        packages = [TORCH, f"transformers=={version}", "numpy<2" if version.startswith("4") else "numpy", str(wheel)]
-        steps = [
-            [uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder / version)],
-            [uv, "pip", "install", "--quiet", "--python", python, *packages],
-            [python, "tools/matrix.py", str(folder / "verdicts" / f"{version}.json"), *options],
-        ]
-        for step in steps:
-            done = subprocess.run(step, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-            if done.returncode:
-                break
-        return done
-
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        outcomes = list(pool.map(run, chosen))
-    for version, outcome in zip(chosen, outcomes):
-        session.log(f"{version}: {outcome.stdout.strip()}")
-    python = str(folder / chosen[0] / "bin" / "python")
-    session.run(python, "tools/matrix.py", what_then, str(folder / "verdicts"), env=helpers, external=True)
-    if any(outcome.returncode for outcome in outcomes):
-        session.error("not every version passed")
+    beside = {version: [TORCH, "numpy<2" if version.startswith("4") else "numpy"] for version in chosen}
+    arguments = [json.dumps(beside), what_then, *options]
+    session.run(sys.executable, "tools/matrix_on_versions.py", *arguments, external=True)
 
 
 @nox.session
