@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nox
@@ -45,6 +43,12 @@ SECONDS = Path(".nox", "seconds.txt")
 """How long each session took, a line each; `.ci/totals.py` prints them."""
 
 TWO_PROCESSES = ("4.36.2", "4.43.4", "5.24.0")  # a minute each: test_distributed.py
+DISTRIBUTED = "tests/promises/test_distributed.py"
+PROCESSORS = "tests/attention/test_processors.py"
+OWN_PROCESS = Path("tests", "own_process")
+"""Tests that want a process of their own, or a library that the others do without."""
+STAND_INS = "tests/helpers/stand_ins"
+"""In place of flash-attn, for whoever has this folder on PYTHONPATH."""
 
 
 def timed(session_function: Callable[..., None]) -> Callable[..., None]:
@@ -80,8 +84,8 @@ def lint(session: nox.Session) -> None:
 @nox.session
 @timed
 def wheel(session: nox.Session) -> None:
-    """The built package works without the repository: tests/wheel_check.py in a new environment elsewhere."""
-    check = Path("tests/wheel_check.py").resolve()
+    """The built package works without the repository: wheel_check.py in a new environment elsewhere."""
+    check = (OWN_PROCESS / "wheel_check.py").resolve()
     with tempfile.TemporaryDirectory() as folder:
         away = Path(folder)
         # The sdist, and the wheel from it: a file that either lacks shows, and no stale build/ gets in.
@@ -103,15 +107,17 @@ def tests(session: nox.Session, transformers: str) -> None:
     report = Path(session.virtualenv.location) / "junit.xml"
     # Two processes of one thread each: the models are too small for torch to fill two cores with one.
     one_thread_offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    two_processes = [] if transformers in TWO_PROCESSES or full_asked_for else ["--ignore=tests/test_distributed.py"]
-    newest_only = [] if transformers == VERSIONS[-1] or full_asked_for else ["--ignore=tests/test_processors.py"]
+    two_processes = [] if transformers in TWO_PROCESSES or full_asked_for else [f"--ignore={DISTRIBUTED}"]
+    newest_only = [] if transformers == VERSIONS[-1] or full_asked_for else [f"--ignore={PROCESSORS}"]
     chosen = [] if transformers in WHOLE or full_asked_for or session.posargs else ["-m", "versions"]
     arguments = [f"--junitxml={report}", *two_processes, *newest_only, *chosen, *session.posargs]
     session.run("pytest", "-n2", "--dist=loadgroup", *arguments, env=one_thread_offline)
     if not session.posargs:  # a process of its own, in which transformers finds flash-attn, or what stands in for it
-        stand_in = {**one_thread_offline, "PYTHONPATH": "tests/stand_ins", "PADFREE_FLASH_ATTENTION": "1"}
+        stand_in = {**one_thread_offline, "PYTHONPATH": STAND_INS, "PADFREE_FLASH_ATTENTION": "1"}
         report = report.with_name("junit-flash_attention_2.xml")
-        session.run("pytest", "-n2", f"--junitxml={report}", "tests/flash_attention_2_checks.py", env=stand_in)
+        session.run(
+            "pytest", "-n2", f"--junitxml={report}", str(OWN_PROCESS / "flash_attention_2_checks.py"), env=stand_in
+        )
 
 
 @nox.session(venv_backend="none")
@@ -132,8 +138,8 @@ def check(session: nox.Session) -> None:
     arguments = session.posargs or [
         "-m",
         "not slow",
-        "--ignore=tests/test_distributed.py",
-        "--ignore=tests/test_saving.py",
+        f"--ignore={DISTRIBUTED}",
+        "--ignore=tests/promises/test_saving.py",
     ]
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     session.run("pytest", "-n2", "--dist=loadgroup", *arguments, env=environment)
@@ -145,10 +151,11 @@ def canary(session: nox.Session) -> None:
     newest = ["transformers", "accelerate", "peft", "trl", "datasets"]
     session.install("--upgrade", "-e", ".[test]", TORCH, BITSANDBYTES, *newest)
     session.run("uv", "pip", "list", external=True)
-    files = [f"tests/test_{name}.py" for name in ("exactness", "patching", "masks", "rope", "trainer", "adapters")]
+    folders = ["tests/patching", "tests/seams", "tests/integrations"]
+    files = [*folders, "tests/promises/test_exactness.py", "tests/promises/test_adapters.py"]
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     session.run("pytest", "-n2", *(session.posargs or files), "-W", "default", env=environment)
-    session.run("pytest", "tests/trl_checks.py", "-W", "default", env=environment)
+    session.run("pytest", str(OWN_PROCESS / "trl_checks.py"), "-W", "default", env=environment)
 
 
 TRL = {"4.41.2": "trl==0.9.6", "4.43.4": "trl==0.9.6", "5.24.0": "trl==1.16.0"}
@@ -175,7 +182,7 @@ def flash_attn(session: nox.Session, transformers: str) -> None:
     session.install("--no-build-isolation", "flash-attn==2.8.3", env=FLASH_ATTN_ON_CPU)
     environment = {**FLASH_ATTN_ON_CPU, "PADFREE_FLASH_ATTENTION": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     arguments = session.posargs or ["-n2", "-W", "default"]  # Triton's and numpy's own warnings
-    session.run("pytest", "tests/flash_attn_checks.py", *arguments, env=environment)
+    session.run("pytest", str(OWN_PROCESS / "flash_attn_checks.py"), *arguments, env=environment)
 
 
 @nox.session
@@ -200,7 +207,7 @@ def _checks(session: nox.Session, file: str) -> None:
     """Tests of a library that the ordinary tests do without, its warnings being its own."""
     report = Path(session.virtualenv.location) / "junit.xml"
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    arguments = [f"--junitxml={report}", f"tests/{file}", "-W", "default", *session.posargs]
+    arguments = [f"--junitxml={report}", str(OWN_PROCESS / file), "-W", "default", *session.posargs]
     none_chosen = [5] if session.posargs else []  # by the -k of `make test`, say
     session.run("pytest", *arguments, env=environment, success_codes=[0, *none_chosen])
 
@@ -240,37 +247,10 @@ def eras(session: nox.Session) -> None:
 
 
 def _matrix(session: nox.Session, chosen: list[str], what_then: str, *options: str) -> None:
-    """Runs tests/matrix.py on the built wheel, two versions at a time, each in an environment of its own."""
-    folder = Path(".nox", "matrix").resolve()
-    shutil.rmtree(folder / "verdicts", ignore_errors=True)
-    (folder / "verdicts").mkdir(parents=True)
-    uv = str(Path(sys.executable).with_name("uv"))  # beside nox, which need not be on PATH
-    session.run(uv, "build", "--quiet", "--wheel", "--out-dir", str(folder), external=True)
-    (wheel,) = folder.glob("*.whl")
-
-    def run(version: str) -> subprocess.CompletedProcess[str]:
-        python = str(folder / version / "bin" / "python")
-        packages = [TORCH, f"transformers=={version}", "numpy<2" if version.startswith("4") else "numpy", str(wheel)]
-        steps = [
-            [uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder / version)],
-            [uv, "pip", "install", "--quiet", "--python", python, *packages],
-            [python, "tests/matrix.py", str(folder / "verdicts" / f"{version}.json"), *options],
-        ]
-        environment = {**os.environ, "PYTHONPATH": "tests/stand_ins", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        for step in steps:
-            done = subprocess.run(step, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-            if done.returncode:
-                break
-        return done
-
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        outcomes = list(pool.map(run, chosen))
-    for version, outcome in zip(chosen, outcomes):
-        session.log(f"{version}: {outcome.stdout.strip()}")
-    python = str(folder / chosen[0] / "bin" / "python")
-    session.run(python, "tests/matrix.py", what_then, str(folder / "verdicts"), external=True)
-    if any(outcome.returncode for outcome in outcomes):
-        session.error("not every version passed")
+    """Runs tools/matrix.py on the built wheel, two versions at a time, each in an environment of its own."""
+    beside = {version: [TORCH, "numpy<2" if version.startswith("4") else "numpy"] for version in chosen}
+    arguments = [json.dumps(beside), what_then, *options]
+    session.run(sys.executable, "tools/matrix_on_versions.py", *arguments, external=True)
 
 
 @nox.session

@@ -7,18 +7,17 @@ import os
 
 import pytest
 import torch
-from comparison import written
 
+pytest.register_assert_rewrite("helpers")  # so that their assertions show values as the tests' own do
+
+from helpers.comparison import written
+from helpers.models import MACHINERY, skip_if_unavailable
 from padfree_patch.registry import Patch, registry
-from padfree_patch.testing import Unavailable, conformance, examples, pack, tiny_model
+from padfree_patch.testing import conformance, examples, pack, tiny_model
 
-collect_ignore_glob = [] if "PADFREE_FLASH_ATTENTION" in os.environ else ["*_checks.py"]
-"""Those want a process of their own; the nox sessions say when."""
-
-PATCHES = registry().patches()
-
-MACHINERY = [patch for patch in PATCHES if patch.model_type in ("llama", "mistral", "qwen2")]
-"""Architectures on which the machinery is tested; test_exactness.py and test_registry.py take all."""
+collect_ignore_glob = ["helpers/stand_ins/*"]
+if "PADFREE_FLASH_ATTENTION" not in os.environ:
+    collect_ignore_glob.append("own_process/*")  # they want a process of their own; the nox sessions say when
 
 
 def pytest_collection_finish():
@@ -37,7 +36,7 @@ def _one_thread():
 def measured(record_property):
     """`measured(claim, steps=..., loss=...)` keeps in pytest's report how close a run came to its oracle.
 
-    Of the reports, tests/training_results.py makes docs/training-results.md.
+    Of the reports, tools/training_results.py makes docs/training-results.md.
     """
     return lambda claim, **figures: record_property("measured", written(claim, **figures))
 
@@ -69,19 +68,6 @@ def llama():
     return tiny_model(registry().get("llama"), "sdpa")
 
 
-def skip_if_unavailable(make_model) -> None:
-    """Skips the test, with upstream's reason, if upstream has no such model in this version or can't run it."""
-    try:
-        model = make_model()
-    except Unavailable as reason:
-        pytest.skip(str(reason))
-    try:
-        with torch.no_grad():
-            model(input_ids=torch.arange(3, 9).unsqueeze(0))
-    except Exception as error:
-        pytest.skip(f"upstream itself can't run this model: {error!r}")
-
-
 @pytest.fixture
 def batch():
     return pack(examples(conformance.LENGTHS))
@@ -90,9 +76,3 @@ def batch():
 @pytest.fixture
 def alone(make):
     return conformance.logits_alone(make, examples(conformance.LENGTHS))
-
-
-def assert_exact(model, batch, alone):
-    with torch.no_grad():
-        error = conformance.largest(model(**batch).logits - alone) / conformance.largest(alone)
-    assert error < conformance.LOGIT_TOLERANCE

@@ -8,9 +8,9 @@ import importlib.metadata
 import pkgutil
 
 import pytest
-from conftest import PATCHES
 from packaging.specifiers import SpecifierSet
 
+from helpers.models import PATCHES
 from padfree_patch import PadfreeError, Patch, registry, versions
 from padfree_patch.patching import support
 

@@ -2,7 +2,7 @@
 
 Read against flash_attn/flash_attn_interface.py of flash-attn 2.8.3; the window came in 2.3.0, softcap in 2.6.0. Its
 Triton kernels for ROCm (FLASH_ATTENTION_TRITON_AMD_ENABLE) give wrong gradients, without an error, for tensors of
-different memory layouts (tests/flash_attn_checks.py shows it), so here they get contiguous ones.
+different memory layouts (tests/own_process/flash_attn_checks.py shows it), so here they get contiguous ones.
 """
 
 from __future__ import annotations

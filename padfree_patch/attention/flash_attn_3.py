@@ -1,7 +1,7 @@
 """Varlen attention by FlashAttention-3 (package flash_attn_3, module `flash_attn_interface`).
 
 Read against hopper/flash_attn_interface.py in the sdist of flash-attn 2.8.3. It has no dropout. Without a GPU only
-its signature can be tested (tests/signatures.json).
+its signature can be tested (tests/attention/signatures.json).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What was tested where: support.json, which `nox -s matrix` writes beside docs/support.md (`tests/matrix.py`).
+"""What was tested where: support.json, which `nox -s matrix` writes beside docs/support.md (`tools/matrix.py`).
 
 An entry says "exact" (every check of `padfree_patch.testing.CHECKS` passed, on every variant), "native-exact" (on the
 unpatched model too), "refused", "wrong", "upstream fails" (it has the model but can't run it) or "absent".

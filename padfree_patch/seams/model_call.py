@@ -13,6 +13,9 @@ from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
 from .stand_in import is_stand_in
 
+CACHE_ARGUMENTS = ("past_key_values", "cache")
+"""What a model's forward calls its cache; the second name is new in 5.24, where the first goes on until 5.40."""
+
 
 def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the call of a model's forward must be looked at: it is a patched model's, and may be packed.
@@ -47,7 +50,8 @@ def take_batch(call: Call) -> PackedBatch | None:
         return None
     _check_result(call)
     call.arguments["position_ids"] = batch.position_ids
-    call.arguments.pop("past_key_values", None)
+    for name in CACHE_ARGUMENTS:
+        call.arguments.pop(name, None)
     if call.takes("use_cache"):
         call.arguments["use_cache"] = False
     return batch
@@ -55,7 +59,7 @@ def take_batch(call: Call) -> PackedBatch | None:
 
 def _take_lengths(arguments: dict[str, Any]) -> dict[str, Any]:
     # From 4.54 on, generate passes flash-attn lengths that are about cache and padding: those stay.
-    generating = arguments.get("past_key_values") is not None and arguments.get("attention_mask") is not None
+    generating = _cache_of(arguments) is not None and arguments.get("attention_mask") is not None
     ours = [name for name in LENGTH_ARGUMENTS if name in arguments and (name == "packed_sequences" or not generating)]
     given = {name: arguments.pop(name) for name in ours}
     return {name: value for name, value in given.items() if value is not None}
@@ -68,7 +72,7 @@ def _read(call: Call, lengths: dict[str, Any]) -> PackedBatch | None:
     name = type(call.module).__name__
     if tokens.numel() == 0:
         raise PadfreeError(f"{name}: empty input, the tokens have shape {tuple(tokens.shape)}")
-    cache = call.arguments.get("past_key_values")
+    cache = _cache_of(call.arguments)
     batch = read_batch(
         (int(tokens.shape[0]), int(tokens.shape[1])),
         tokens.device,
@@ -80,7 +84,7 @@ def _read(call: Call, lengths: dict[str, Any]) -> PackedBatch | None:
     if batch is not None and (cached := _cached_tokens(cache)):
         raise PadfreeError(
             f"{name}: a packed batch ({batch.sequences}) with a cache that holds {cached} tokens; "
-            "pass no past_key_values with packed examples, or no restarting positions with a cache"
+            "pass no cache with packed examples, or no restarting positions with a cache"
         )
     return batch
 
@@ -89,6 +93,11 @@ def tokens_of(arguments: dict[str, Any]) -> Tensor | None:
     """Returns input_ids (B, T), or inputs_embeds (B, T, D) if those are given instead; None if neither is."""
     tokens: Tensor | None = arguments.get("input_ids")
     return arguments.get("inputs_embeds") if tokens is None else tokens
+
+
+def _cache_of(arguments: dict[str, Any]) -> Any:
+    """Returns the cache of a call, by whatever name it was given; None without one."""
+    return next((cache for name in CACHE_ARGUMENTS if (cache := arguments.get(name)) is not None), None)
 
 
 def _cached_tokens(cache: Any) -> int:

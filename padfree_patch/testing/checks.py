@@ -224,5 +224,5 @@ CHECKS = (
 FAIL_UNPATCHED = (check_logits, check_gradients, check_isolation, check_rows, check_two_forwards)
 """Those of `CHECKS` that a model must fail with `patched=False`, or they would notice nothing.
 
-`check_ordinary_calls` passes then by its nature; for `check_cost` see tests/test_cost.py.
+`check_ordinary_calls` passes then by its nature; for `check_cost` see tests/promises/test_cost.py.
 """

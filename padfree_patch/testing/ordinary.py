@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,21 +55,26 @@ def _positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
 
 
+def cache_argument(model: Any) -> str:
+    """Returns what a model's forward and its output call the cache: "cache" from 5.24 on."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def _continue(model: Any, tokens: Tensor) -> Tensor:
     """Runs all tokens except the last three, and then those with a cache."""
-    cache = model(input_ids=tokens[:, :7], use_cache=True).past_key_values
+    name = cache_argument(model)
+    cache = {name: model(input_ids=tokens[:, :7], use_cache=True)[name]}
     positions = torch.arange(7, 10).unsqueeze(0)
-    return model(input_ids=tokens[:, 7:], past_key_values=cache, position_ids=positions).logits
+    return model(input_ids=tokens[:, 7:], position_ids=positions, **cache).logits
 
 
 def _second_turn(model: Any, padded_left: Mapping[str, Tensor]) -> Tensor:
     """Runs a left-padded batch again, with the cache of the first run and a mask that covers both."""
-    cache = model(**padded_left, use_cache=True).past_key_values
+    name = cache_argument(model)
+    cache = {name: model(**padded_left, use_cache=True)[name]}
     mask = torch.cat([padded_left["attention_mask"]] * 2, 1)
     positions = _positions(mask)[:, padded_left["input_ids"].shape[1] :]
-    return model(
-        input_ids=padded_left["input_ids"], attention_mask=mask, past_key_values=cache, position_ids=positions
-    ).logits
+    return model(input_ids=padded_left["input_ids"], attention_mask=mask, position_ids=positions, **cache).logits
 
 
 def _result_or_error(call: Callable[[], Tensor]) -> Tensor | str:

@@ -1,0 +1,1 @@
+"""What several tests need. No test file imports another; what two of them share is here."""

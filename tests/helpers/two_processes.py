@@ -1,0 +1,147 @@
+"""Two processes for test_distributed.py, and what each does: `torchrun --nproc-per-node 2 two_processes.py FOLDER`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+from helpers.training import Stream, data, flattening, padding, trained, trainer_of
+from padfree_patch import DataCollatorWithFlattening, TokenBudgetBatchSampler, apply, pack_dataset
+from padfree_patch.registry import registry
+from padfree_patch.testing import examples, tiny_model
+
+LENGTHS = (5, 9, 1, 12, 3, 20, 6)
+OF_RANK = (slice(0, 5), slice(5, 7))
+STEPS = 2
+
+
+def llama():
+    return tiny_model(registry().get("llama"), "sdpa")
+
+
+def batch_of(which):
+    found = [{"input_ids": each[0].tolist()} for each in examples(LENGTHS)[which]]
+    return DataCollatorWithFlattening(return_flash_attn_kwargs=True)(found)
+
+
+def data_parallel(model):
+    return nn.parallel.DistributedDataParallel(model), lambda: {n: p.grad for n, p in model.named_parameters()}
+
+
+def fully_sharded_1(model):
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    wrapped = FSDP(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+    def gradients():
+        with FSDP.summon_full_params(wrapped, with_grads=True):
+            return {n.replace("_fsdp_wrapped_module.", ""): p.grad.clone() for n, p in wrapped.named_parameters()}
+
+    return wrapped, gradients
+
+
+def fully_sharded_2(model):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, lambda: {n: p.grad.full_tensor() for n, p in model.named_parameters()}
+
+
+WAYS = {"ddp": data_parallel, "fsdp1": fully_sharded_1, "fsdp2": fully_sharded_2}
+
+
+def loss_and_gradients(wrap):
+    """Of both ranks' tokens: five sequences here, two there."""
+    rank = dist.get_rank()
+    model, gradients = wrap(apply(llama()))
+    batch = batch_of(OF_RANK[rank])
+    counts = torch.zeros(dist.get_world_size())
+    counts[rank] = (batch["labels"] != -100).sum()
+    dist.all_reduce(counts)
+    for _ in range(STEPS):
+        model.zero_grad()
+        loss = model(**batch).loss * counts[rank] / counts.sum()
+        (loss * dist.get_world_size()).backward()  # these wrappers average over the ranks
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+    return {"loss": total, "gradients": {name: each.clone() for name, each in gradients().items()}}
+
+
+def trained_by_tokens(folder):
+    """Two epochs of batches by a token budget: the weights, and the steps that the Trainer took and should take."""
+    trainer = trainer_of(apply(llama()), folder, flattening(), max_steps=-1, num_train_epochs=2)
+    lengths = [len(each["input_ids"]) for each in trainer.train_dataset]
+    ranks = {"num_replicas": dist.get_world_size(), "rank": dist.get_rank()}
+    sampler = TokenBudgetBatchSampler(lengths, max_tokens=25, **ranks)
+    loader = DataLoader(trainer.train_dataset, batch_sampler=sampler, collate_fn=trainer.data_collator)
+    trainer.get_train_dataloader = lambda: loader
+    trainer.train()
+    return list(trainer.model.parameters()), (trainer.state.global_step, 2 * len(sampler))
+
+
+def dispatching(flag):
+    """Whether one process reads and deals out, under the version's name for it."""
+    new = "accelerator_config" in {field.name for field in fields(TrainingArguments)}
+    return {"accelerator_config": {"dispatch_batches": flag}} if new else {"dispatch_batches": flag}
+
+
+def torchrun(worker: Path, folder: Path) -> tuple[list[dict[str, Any]], subprocess.CompletedProcess[str]]:
+    """Runs `worker FOLDER` as two processes: what each wrote to FOLDER/<rank>.pt, and how they ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    ended = subprocess.run(
+        [sys.executable, "-m", *launcher, str(worker), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=240,  # a hang is a failure
+    )
+    files = [folder / f"{rank}.pt" for rank in range(2)]
+    assert all(file.exists() for file in files), ended.stdout[-5000:]
+    return [torch.load(file, weights_only=False) for file in files], ended
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    found = {way: loss_and_gradients(wrap) for way, wrap in WAYS.items()}
+    dist.barrier()
+    few = {"per_device_train_batch_size": 2}
+    for name, collator, patched in (("padded", padding, False), ("packed", flattening(), True)):
+        found[name] = trained(llama(), folder / name, collator, patched=patched, **few)
+    rows = pack_dataset(datasets.Dataset.from_list(data()), 24)
+    one = {"per_device_train_batch_size": 1, "dataset": rows}
+    found["rows"] = trained(llama(), folder / "rows", flattening(), patched=True, **one)
+    apart = {**few, **dispatching(False), "dataset": Stream()}
+    found["stream, padded"] = trained(llama(), folder / "stream", padding, patched=False, **apart)
+    found["stream"] = trained(
+        llama(), folder / "stream", flattening(return_flash_attn_kwargs=True), patched=True, **apart
+    )
+    found["budget"], found["budget's steps"] = trained_by_tokens(folder / "budget")
+    torch.save(found, folder / f"{rank}.pt")
+    dist.barrier()
+    together = {**few, **dispatching(True), "dataset": Stream()}  # an error, which ends both processes
+    trained(llama(), folder / "dealt out", flattening(), patched=True, **together)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

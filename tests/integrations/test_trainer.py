@@ -1,0 +1,87 @@
+"""transformers' Trainer, padded and padding-free on the same examples: the same losses, gradients and weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers.comparison import assert_same_training
+from helpers.training import LENGTHS, Stream, data, flattening, padding, trained, trainer_of
+from padfree_patch import DataCollatorForCompletionOnlyLM, PadfreeError, apply, pack_dataset
+
+pytestmark = pytest.mark.versions
+
+
+@pytest.mark.parametrize("lengths_given", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_training_is_the_padded_one(llama, tmp_path, measured, accumulate, lengths_given):
+    options = {"gradient_accumulation_steps": accumulate}
+    padded = trained(llama, tmp_path, padding, patched=False, **options)
+    collator = flattening(return_flash_attn_kwargs=lengths_given)
+    packed = trained(llama, tmp_path, collator, patched=True, **options)
+    claim = f"Trainer, {accumulate} batches per step{', lengths given' * lengths_given}"
+    assert_same_training(packed, padded, llama.parameters(), measured, claim, library="accelerate")
+
+
+def test_naive_packing_trains_something_else(llama, tmp_path):
+    """The control."""
+    padded = trained(llama, tmp_path, padding, patched=False)
+    naive = trained(llama, tmp_path, flattening(return_position_ids=False), patched=False)
+    moved = sum((a - b).norm() for a, b in zip(padded.weights, llama.parameters()))
+    assert sum((a - b).norm() for a, b in zip(naive.weights, padded.weights)) > 0.05 * moved
+
+
+@pytest.mark.parametrize("remove_unused_columns", [True, False])
+def test_packed_data_set_trains_like_its_examples(llama, tmp_path, measured, remove_unused_columns):
+    """Packed rows keep their boundaries through the Trainer, whatever it does with columns."""
+    import datasets
+
+    packed = pack_dataset(datasets.Dataset.from_list(data()), 24)
+    rows = [[data_row for data_row in row["input_ids"]] for row in packed]
+    lengths = [row["seq_lengths"] for row in packed]
+    examples = []
+    for row, of_row in zip(rows, lengths):
+        ends = torch.tensor(of_row).cumsum(0).tolist()
+        examples.append([row[end - n : end] for end, n in zip(ends, of_row)])
+
+    def padding_each(features):
+        """The examples of the same rows, padded."""
+        texts = [example for each in features for example in by_row[tuple(each["input_ids"])]]
+        return padding([{"input_ids": text} for text in texts])
+
+    by_row = {tuple(row): of_row for row, of_row in zip(rows, examples)}
+    options = {"per_device_train_batch_size": 2, "remove_unused_columns": remove_unused_columns, "dataset": packed}
+    padded = trained(llama, tmp_path, padding_each, patched=False, **options)
+    found = trained(llama, tmp_path, flattening(), patched=True, **options)
+    claim = f"Trainer on pack_dataset's rows, remove_unused_columns={remove_unused_columns}"
+    assert_same_training(found, padded, llama.parameters(), measured, claim, library="datasets")
+    assert sum((row["position_ids"][0] == 0) for row in packed) == len(packed) < len(LENGTHS)
+
+
+def test_training_on_completions_only_is_the_padded_one(llama, tmp_path, measured):
+    texts = [{"input_ids": [*each["input_ids"][:1], 85, 86, *each["input_ids"][1:], 1]} for each in data()]
+
+    def answers_only(features):
+        return padding([{**each, "labels": [-100] * 3 + each["input_ids"][3:]} for each in features])
+
+    collator = DataCollatorForCompletionOnlyLM([85, 86], padding_free=True)
+    padded = trained(llama, tmp_path, answers_only, patched=False, dataset=texts)
+    packed = trained(llama, tmp_path, collator, patched=True, dataset=texts)
+    assert_same_training(packed, padded, llama.parameters(), measured, "Trainer, completions only")
+
+
+def test_stream_trains_like_padded(llama, tmp_path, measured):
+    """With accelerate's default for streams, which deals batches out even in one process."""
+    padded = trained(llama, tmp_path, padding, patched=False, dataset=Stream())
+    packed = trained(llama, tmp_path, flattening(), patched=True, dataset=Stream())
+    # Dealt out, the last batch counts in the evaluation as often as it has rows: docs/training.md.
+    packed, padded = (each._replace(evaluation=None) for each in (packed, padded))
+    assert_same_training(packed, padded, llama.parameters(), measured, "Trainer, IterableDataset", library="accelerate")
+
+
+def test_lengths_that_a_loader_cut_are_refused(llama, tmp_path):
+    trainer = trainer_of(apply(llama), tmp_path, flattening(return_flash_attn_kwargs=True), dataset=Stream())
+    ours = r"cu_seq_lens_q has a single value: a loader cut it.*dispatch_batches"
+    accelerates = "Can only concatenate tensors"  # before it had a case for one process
+    with pytest.raises((PadfreeError, TypeError), match=f"{ours}|{accelerates}"):
+        trainer.train()

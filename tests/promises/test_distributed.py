@@ -1,0 +1,94 @@
+"""Two gloo processes under torchrun, with different numbers of sequences, end with one process's loss and gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from helpers import two_processes
+from helpers.comparison import SAME_WEIGHTS, assert_same_training
+from helpers.training import flattening, trained
+
+pytestmark = [
+    pytest.mark.versions,  # on three of them: noxfile.py
+    pytest.mark.xdist_group("distributed"),  # `both` is made once, not by each of pytest's processes
+]
+
+AVERAGES_OVER_RANKS = getattr(TrainingArguments, "average_tokens_across_devices", False)
+"""Whether the Trainer, as it comes, takes the mean over all ranks' tokens and not the mean of the ranks' means."""
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    return two_processes.torchrun(Path(two_processes.__file__), tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture
+def found(both):
+    """What each rank found."""
+    return both[0]
+
+
+@pytest.mark.parametrize("way", two_processes.WAYS)
+def test_two_processes_are_one(found, measured, way):
+    model = two_processes.apply(two_processes.llama())
+    loss = model(**two_processes.batch_of(slice(None))).loss
+    loss.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for rank in found:
+        torch.testing.assert_close(rank[way]["loss"], loss.detach())
+        assert set(rank[way]["gradients"]) == set(expected)
+        apart = {
+            name: ((rank[way]["gradients"][name] - each).norm() / each.norm()).item() for name, each in expected.items()
+        }
+        assert max(apart.values()) <= SAME_WEIGHTS
+        loss_apart = abs(rank[way]["loss"] - loss).item()
+        measured(
+            f"{way}, two processes against one",
+            steps=two_processes.STEPS,
+            loss=loss_apart,
+            gradients=max(apart.values()),
+        )
+
+
+@pytest.mark.parametrize("packed", ["packed", "stream"])
+def test_trainer_of_two_processes_trains_like_a_padded_one(found, measured, packed):
+    padded = "stream, padded" if packed == "stream" else "padded"
+    claim = f"Trainer, two processes (DDP), {'IterableDataset' if packed == 'stream' else 'map-style data set'}"
+    for rank in found:
+        before = two_processes.llama().parameters()
+        assert_same_training(rank[packed], rank[padded], before, measured, claim, library="accelerate")
+    torch.testing.assert_close(found[0][packed].weights, found[1][packed].weights, rtol=0, atol=0)  # one model
+
+
+@pytest.mark.skipif(not AVERAGES_OVER_RANKS, reason="this Trainer takes the mean of the ranks' means")
+def test_trainer_of_two_processes_trains_like_one(found, tmp_path, measured):
+    alone = trained(
+        two_processes.llama(), tmp_path, flattening(), patched=True
+    )  # four examples a step, not two and two
+    before, claim = two_processes.llama().parameters(), "Trainer, two processes (DDP) against one"
+    # Evaluations are means of batches' means, and one process has other batches.
+    packed, alone = (each._replace(evaluation=None) for each in (found[0]["packed"], alone))
+    assert_same_training(packed, alone, before, measured, claim, library="accelerate")
+
+
+def test_ranks_with_other_numbers_of_sequences_do_not_wait_for_each_other(found):
+    """Packed rows, of which each rank has others; weights stay the same on both."""
+    torch.testing.assert_close(found[0]["rows"].weights, found[1]["rows"].weights, rtol=0, atol=0)
+    assert len(found[0]["rows"].losses) == 3
+
+
+def test_token_budget_gives_each_rank_its_batches(found):
+    torch.testing.assert_close(found[0]["budget"], found[1]["budget"], rtol=0, atol=0)
+    for rank in found:
+        taken, planned = rank["budget's steps"]
+        assert taken == planned > 4
+
+
+def test_batches_dealt_out_by_one_process_are_refused(both):
+    """Rows of different lengths can't be put together to be dealt out: the error ends the run on both ranks."""
+    assert both[1].returncode != 0
+    assert "Sizes of tensors must match" in both[1].stdout  # newer accelerates say then what to do

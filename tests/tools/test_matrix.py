@@ -1,0 +1,59 @@
+"""The matrix calls a cell wrong whatever part of it is, and `--compare` finds every cell that has changed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import matrix
+from padfree_patch import patching
+from padfree_patch.attention import sdpa
+from padfree_patch.patching import support
+from padfree_patch.registry import registry
+from padfree_patch.testing import conformance
+
+LLAMA = registry().get("llama")
+
+
+def test_right_cell_is_exact():
+    """The control of the two below."""
+    assert matrix.verdict(LLAMA, "eager", {}) == "exact"
+
+
+def test_wrong_kernel_is_a_wrong_cell(monkeypatch):
+    monkeypatch.setattr(conformance, "applied", lambda model: patching.applied(model, verify=False))
+    right = sdpa.attend
+    monkeypatch.setattr(sdpa, "attend", lambda *args, **options: 1.01 * right(*args, **options))
+    assert matrix.verdict(LLAMA, "eager", {}).startswith("wrong: check_logits")
+
+
+def test_model_that_does_not_verify_is_a_wrong_cell(monkeypatch):
+    failed = patching.verification.Verification("Tiny", logit_change=1.0, leaked_gradient=0.0, alone_error=0.0)
+    monkeypatch.setattr(conformance, "applied", lambda model: patching.applied(model, verify=False))
+    monkeypatch.setattr(patching.verification, "verify", lambda model: failed)
+    assert matrix.verdict(LLAMA, "eager", {}).startswith("wrong: verify: LeakError")
+
+
+def test_merged_table_is_the_one_that_the_package_reads(tmp_path, monkeypatch):
+    assert matrix.TABLE.samefile(support.FILE)
+    for name, file in {"CELLS": "cells.json", "TABLE": "table.json", "PAGE": "page.md"}.items():
+        monkeypatch.setattr(matrix, name, tmp_path / file)
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found" / "5.0.0.json").write_text(json.dumps({"llama": {"sdpa": {"default": "exact"}}}))
+    matrix.merge(tmp_path / "found")
+    assert json.loads(matrix.TABLE.read_text()) == {"5.0.0": {"llama": {"sdpa": "exact"}}}
+    assert "| 5.0.0 | exact |" in matrix.PAGE.read_text()
+
+
+@pytest.mark.parametrize(("known", "same"), [("exact", True), ("native-exact", True), ("wrong: x", False)])
+def test_changed_cell_is_found(tmp_path, monkeypatch, known, same):
+    monkeypatch.setattr(matrix, "CELLS", tmp_path / "cells.json")
+    matrix.CELLS.write_text(json.dumps({"5.0.0": {"llama": {"sdpa": {"default": known}}}}))
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found" / "5.0.0.json").write_text(json.dumps({"llama": {"sdpa": {"default": "exact"}}}))
+    if same:
+        matrix.compare(tmp_path / "found")
+    else:
+        with pytest.raises(SystemExit, match=r"'exact', in docs/support\.json 'wrong: x'"):
+            matrix.compare(tmp_path / "found")
