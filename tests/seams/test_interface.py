@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import padfree_patch
-from conftest import assert_exact
+from helpers.models import assert_exact
 from padfree_patch import PadfreeError, versions
 from padfree_patch.registry import registry
 from padfree_patch.testing import conformance, examples, pack, tiny_model
