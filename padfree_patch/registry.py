@@ -104,7 +104,7 @@ class Registry:
 
 @functools.cache
 def registry() -> Registry:
-    """Every patch of the installed packages, ours and others', from the entry points of `padfree_patch.patches`.
+    """Finds every patch of the installed packages, ours and others', by the entry points of `padfree_patch.patches`.
 
     Raises PadfreeError if one does not load or two claim the same model type.
     """
@@ -123,7 +123,7 @@ def registry() -> Registry:
 
 
 def patch_for(model: nn.Module) -> Patch:
-    """The patch for the outermost transformers model in `model`.
+    """Returns the patch for the outermost transformers model in `model`.
 
     Raises PadfreeError if there is none; names the class and lists what is supported.
     """

@@ -56,13 +56,13 @@ def _alibi(batch: PackedBatch, heads: int, modeling: Any) -> Tensor:
 
 
 def upstream_refuses(config: Any) -> str | None:
-    """Why upstream runs no call of a model of this config, or None."""
+    """Says why upstream runs no call of a model of this config; None if it does."""
     refused = config.alibi and implementation_of(config) == "flash_attention_2"
     return "upstream's flash_attention_2 refuses ALiBi: only packed batches run, as on sdpa" if refused else None
 
 
 def quirks(config: Any) -> list[str]:
-    """What upstream does with ALiBi that one would not expect."""
+    """Says what upstream does with ALiBi that one would not expect."""
     if not config.alibi:
         return []
     if refused := upstream_refuses(config):

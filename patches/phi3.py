@@ -11,7 +11,7 @@ from padfree_patch import Patch
 
 
 def _two_ropes(kind: str) -> dict[str, Any]:
-    """A config whose examples of more than eight tokens are rotated by other factors; every kind is longrope now."""
+    """Makes a config that rotates examples of more than eight tokens by other factors; every kind is longrope now."""
     factors = {"short_factor": [1.0, 1.0, 1.5, 2.0], "long_factor": [1.0, 2.0, 3.0, 4.0]}
     return {"rope_scaling": {"type": kind, **factors}, "original_max_position_embeddings": 8}
 

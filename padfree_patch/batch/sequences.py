@@ -47,7 +47,7 @@ class PackedSequences:
         return self._lengths
 
     def cheapest_cu_seqlens(self) -> Tensor:
-        """`cu_seqlens` on the CPU if the lengths are known there, else where they are. No device sync."""
+        """Returns `cu_seqlens` on the CPU if the lengths are known there, else where they are. No device sync."""
         if self._lengths is None:
             return self.cu_seqlens
         return torch.from_numpy(np.cumsum((0, *self._lengths), dtype=np.int32))
@@ -65,12 +65,12 @@ class PackedSequences:
         return f"PackedSequences({len(self)} sequences, {self.total} tokens, longest {self.max_seqlen})"
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedSequences:
-        """The same sequences with `cu_seqlens` on another device; data loaders call this to move a batch."""
+        """Returns the same sequences with `cu_seqlens` on another device; data loaders call this to move a batch."""
         cu_seqlens = self.cu_seqlens.to(device, non_blocking=non_blocking)
         return PackedSequences(cu_seqlens, self.max_seqlen, self.total, self._lengths)
 
     def position_ids(self) -> Tensor:
-        """int64 (total,): 0, 1, 2, ... restarting at every sequence. No device sync."""
+        """Returns int64 (total,): 0, 1, 2, ... restarting at every sequence. No device sync."""
         starts = self.cu_seqlens.long()
         repeats = starts.diff()
         offsets = torch.repeat_interleave(starts[:-1], repeats, output_size=self.total)
@@ -80,7 +80,7 @@ class PackedSequences:
     def from_lengths(
         cls, lengths: Iterable[int], *, device: torch.device | str | None = None, total: int | None = None
     ) -> PackedSequences:
-        """From tokens per sequence.
+        """Makes them from tokens per sequence.
 
         Args:
             lengths: positive integers.
@@ -110,7 +110,7 @@ class PackedSequences:
         total: int | None = None,
         device: torch.device | str | None = None,
     ) -> PackedSequences:
-        """From cumulative lengths such as [0, 2, 6, 9].
+        """Makes them from cumulative lengths such as [0, 2, 6, 9].
 
         With `max_seqlen`, `total` and device-side `cu_seqlens` nothing is read back: the values are checked on the
         device (`torch._assert_async`). Otherwise they are read once.
@@ -142,7 +142,7 @@ class PackedSequences:
 
     @classmethod
     def from_position_ids(cls, position_ids: Tensor) -> PackedSequences:
-        """From positions (T,) or (B, T) that restart, at any number, where a sequence begins. One device sync.
+        """Reads positions (T,) or (B, T) that restart, at any number, where a sequence begins. One device sync.
 
         >>> PackedSequences.from_position_ids(torch.tensor([[5, 6, 0, 1, 2, 0, 0]])).lengths
         (2, 3, 1, 1)
@@ -151,7 +151,7 @@ class PackedSequences:
 
     @classmethod
     def from_attention_mask(cls, attention_mask: Tensor) -> PackedSequences:
-        """From a mask (T,) or (B, T): 0/1, or the number of the sequence that a token belongs to, 0 for padding.
+        """Reads a mask (T,) or (B, T): 0/1, or the number of the sequence that a token belongs to, 0 for padding.
 
         Every stretch of padding is one sequence of its own. One device sync.
 

@@ -66,7 +66,7 @@ def restore(model: Model) -> Model:
 
 @contextmanager
 def applied(model: Model, *, backend: str = "auto", verify: bool = True) -> Iterator[Model]:
-    """`apply`, and `restore` at the end, also after an error. A model that was patched before stays as it was then."""
+    """Applies, and restores at the end, also after an error. A model that was patched before stays as it was then."""
     before = _backends(model)
     apply(model, backend=backend, verify=verify)
     try:

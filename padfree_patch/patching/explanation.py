@@ -132,7 +132,7 @@ _SMALL_WINDOW = 4
 
 
 def _windows(model: nn.Module, patch: Patch, config: Any) -> tuple[int, ...]:
-    """The window that each layer's kernel is called with, in a packed forward of the patched model."""
+    """Returns the window that each layer's kernel is called with, in a packed forward of the patched model."""
     configured = getattr(config, "sliding_window", None)
     attentions = [module for module in model.modules() if patch.is_attention(module)]
     # On flash-attn, versions before 4.43 apply a window to rows longer than it only, so to one that the probe exceeds.

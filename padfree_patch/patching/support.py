@@ -17,11 +17,11 @@ Table = dict[str, dict[str, dict[str, str]]]
 
 @functools.cache
 def table() -> Table:
-    """version -> model type -> attention implementation -> one word for all variants."""
+    """Reads the table: version -> model type -> attention implementation -> one word for all variants."""
     found: Table = json.loads(FILE.read_text())
     return found
 
 
 def status(version: str, model_type: str, implementation: str) -> str:
-    """What the table says of a model; "untested" if it is not in it."""
+    """Returns what the table says of a model; "untested" if it is not in it."""
     return table().get(version, {}).get(model_type, {}).get(implementation, "untested")

@@ -118,5 +118,5 @@ def _attend(
 
 
 def _window_surplus() -> int:
-    """Tokens that upstream's window for flash-attn has beside the configured ones: it was (w, w) before 4.56."""
+    """Returns what upstream's window for flash-attn has beyond the configured tokens: it was (w, w) before 4.56."""
     return 0 if versions.transformers(">=4.56") else 1

@@ -38,7 +38,7 @@ class Kind(Protocol):
         ...
 
     def answer(self, call: Call) -> Any:
-        """Answers a call that concerns a packed batch."""
+        """Answers a call that concerns a packed batch. The kind's seams hold it, or others of its file beside it."""
         ...
 
 
@@ -53,7 +53,7 @@ def check_class_found(patch: Patch, model: nn.Module, wanted: str, found: tuple[
 
 
 def check_takes(patch: Patch, module: nn.Module, *names: str) -> None:
-    """Raises PadfreeError unless the module's forward has the parameters, and a patch of its class would reach it."""
+    """Raises PadfreeError unless the forward has the parameters, or if something on the instance hides the class's."""
     if OptIn.of(module) is not None:
         return
     function, name = original_of(type(module).forward), type(module).__name__
