@@ -26,3 +26,19 @@ def test_hole_is_open_unpatched_and_closed_by_the_patch(call, patch, implementat
     assert is_open(make, call)
     with applied(make()) as model:
         assert error_of(make, model, call) < conformance.LOGIT_TOLERANCE
+
+
+def test_positions_that_something_replaced_on_the_way_to_a_layer_do_not_matter(make):
+    """The stand-in says where sequences end, and the batch that it carries which positions they have."""
+
+    def replace(layer, args, kwargs):
+        if isinstance(positions := kwargs.get("position_ids"), torch.Tensor):
+            kwargs["position_ids"] = torch.arange(positions.shape[1])[None]
+        return args, kwargs
+
+    model = make()
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(replace, with_kwargs=True)
+    with applied(model):
+        assert error_of(make, model, default_call) < conformance.LOGIT_TOLERANCE
+    assert is_open(make, default_call)  # the control
