@@ -6,8 +6,9 @@ On models loaded as flash_attention_2 the same calls are in own_process/flash_at
 from __future__ import annotations
 
 import pytest
+import torch
 
-from helpers.holes import CALLS, error_of, is_open
+from helpers.holes import CALLS, default_call, error_of, is_open
 from helpers.models import PATCHES, skip_if_unavailable
 from padfree_patch import applied
 from padfree_patch.testing import conformance, tiny_model
