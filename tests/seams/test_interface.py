@@ -93,3 +93,14 @@ def test_calls_of_others_go_straight_through(shape):
     with padfree_patch.applied(tiny("llama")):
         found = outcome()
     assert found == expected if isinstance(expected, str) else torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("special", ["softcap", "s_aux", "sinks", "position_bias", "is_causal"])
+def test_argument_that_changes_the_attention_is_refused_for_packed_examples(batch, special):
+    """What a backend can't do is never ignored."""
+    model = padfree_patch.apply(tiny("llama"))
+    value = False if special == "is_causal" else torch.ones(6)
+    layer = model.model.layers[1].self_attn
+    layer.register_forward_pre_hook(lambda module, args, kwargs: (args, {**kwargs, special: value}), with_kwargs=True)
+    with pytest.raises(PadfreeError, match=f"LlamaAttention calls sdpa_attention_forward with {special}"):
+        model(**batch)
