@@ -14,6 +14,7 @@ from helpers.comparison import written
 from helpers.models import MACHINERY, skip_if_unavailable
 from padfree_patch.registry import Patch, registry
 from padfree_patch.testing import conformance, examples, pack, tiny_model
+from padfree_patch.wrapping import opt_in, seam
 
 collect_ignore_glob = ["helpers/stand_ins/*"]
 if "PADFREE_FLASH_ATTENTION" not in os.environ:
@@ -76,3 +77,12 @@ def batch():
 @pytest.fixture
 def alone(make):
     return conformance.logits_alone(make, examples(conformance.LENGTHS))
+
+
+@pytest.fixture
+def clean_start():
+    """Takes out the seams of models that earlier tests have left behind as garbage."""
+    gc.collect()
+    opt_in.living.clear()
+    opt_in.remove_unused_seams()
+    assert not seam.installed

@@ -6,10 +6,11 @@ import sys
 
 
 def snapshot(model) -> dict:
-    """Returns the `vars` of every module, of their classes, and of the modeling file."""
+    """Returns the `vars` of every module, of their classes, and of the modeling file, and the attention functions."""
+    import transformers.modeling_utils
     import transformers.models
 
-    seen = {}
+    seen = {"attention functions": dict(getattr(transformers.modeling_utils, "ALL_ATTENTION_FUNCTIONS", {}))}
     for name, module in model.named_modules():
         seen[name] = dict(vars(module))
         for base in type(module).__mro__:

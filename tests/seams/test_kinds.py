@@ -18,7 +18,7 @@ from padfree_patch.seams.kinds import Found, Kind
 from padfree_patch.wrapping.opt_in import OptIn
 from padfree_patch.wrapping.seam import Seam
 
-pytestmark = pytest.mark.versions
+pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("clean_start")]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.NAME)

@@ -11,7 +11,7 @@ from padfree_patch import patching
 from padfree_patch.attention import sdpa
 from padfree_patch.patching import support
 from padfree_patch.registry import registry
-from padfree_patch.testing import conformance
+from padfree_patch.testing import checks
 
 LLAMA = registry().get("llama")
 
@@ -22,7 +22,7 @@ def test_right_cell_is_exact():
 
 
 def test_wrong_kernel_is_a_wrong_cell(monkeypatch):
-    monkeypatch.setattr(conformance, "applied", lambda model: patching.applied(model, verify=False))
+    monkeypatch.setattr(checks, "applied", lambda model: patching.applied(model, verify=False))
     right = sdpa.attend
     monkeypatch.setattr(sdpa, "attend", lambda *args, **options: 1.01 * right(*args, **options))
     assert matrix.verdict(LLAMA, "eager", {}).startswith("wrong: check_logits")
@@ -30,7 +30,7 @@ def test_wrong_kernel_is_a_wrong_cell(monkeypatch):
 
 def test_model_that_does_not_verify_is_a_wrong_cell(monkeypatch):
     failed = patching.verification.Verification("Tiny", logit_change=1.0, leaked_gradient=0.0, alone_error=0.0)
-    monkeypatch.setattr(conformance, "applied", lambda model: patching.applied(model, verify=False))
+    monkeypatch.setattr(checks, "applied", lambda model: patching.applied(model, verify=False))
     monkeypatch.setattr(patching.verification, "verify", lambda model: failed)
     assert matrix.verdict(LLAMA, "eager", {}).startswith("wrong: verify: LeakError")
 
