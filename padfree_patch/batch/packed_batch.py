@@ -125,8 +125,9 @@ def batch_at_layer(
     if known is MISSING or known is None:
         cu_seqlens = torch.unique_consecutive(boundaries) - boundaries[0]
         sequences = PackedSequences.from_cu_seqlens(cu_seqlens, total=shape[0] * shape[1], device=device)
-        positions = sequences.position_ids() if position_ids is None else position_ids
-        known = PackedBatch(sequences, positions.reshape(shape))
+        if position_ids is None or tuple(position_ids.shape) != shape:
+            position_ids = sequences.position_ids().view(shape)
+        known = PackedBatch(sequences, position_ids)
         for tensor in (boundaries, known.position_ids):
             known_batches.keep(own_key(tensor), known, tensor)
     return known

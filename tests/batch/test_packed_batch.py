@@ -47,6 +47,13 @@ def test_layer_that_finds_no_batch_keeps_the_positions_that_reached_it():
     assert found is not batch and torch.equal(found.position_ids, positions)
 
 
+def test_layer_that_finds_no_batch_counts_from_zero_if_its_positions_fit_no_token():
+    """Such as those of three axes, which some decoders hand to their layers."""
+    batch = read(positions_of(2, 4))
+    found = batch_at_layer(batch.boundaries.clone(), (1, 6), torch.device("cpu"), torch.zeros(3, 1, 6))
+    assert torch.equal(found.position_ids, batch.position_ids)
+
+
 def test_layer_finds_a_batch_whose_boundaries_were_copied_by_its_positions():
     """accelerate's hooks copy what is not on a layer's device; reading it there would wait in every layer."""
     batch = read(positions_of(2, 4))
