@@ -32,9 +32,11 @@ def pack_dataset(
     """Packs examples into rows of at most `max_length` tokens, by best-fit decreasing (`plan_packing`).
 
     Every list column that is as long as `column` in each example (labels, masks) is joined row by row; other columns
-    are left out, and the log says which. `position_ids` restart at every example, and `seq_lengths`, TRL's name, holds
-    the tokens of each: the collators read either. No example is divided and no token lost, unless `too_long` asks for
-    it; then the log says how many (logger padfree_patch.dataset).
+    are left out, and the log says which. Four columns say where examples end, whichever of them a Trainer keeps:
+    `position_ids` that restart at every example, its number in `seq_idx` (from 0) and in `attention_mask` (from 1), and
+    `seq_lengths`, TRL's name, with the tokens of each. The collators read any of them; taking away the last one is an
+    error. No example is divided and no token lost, unless `too_long` asks for it; then the log says how many (logger
+    padfree_patch.dataset).
 
     Args:
         dataset: tokenised, not padded.
@@ -48,6 +50,8 @@ def pack_dataset(
     """
     import datasets
     import pyarrow as pa
+
+    from .packed_rows import as_packed
 
     _check_arguments(dataset, column, too_long)
     table = dataset.with_format("arrow")[:]
@@ -64,7 +68,7 @@ def pack_dataset(
     starts, lengths = _treat_too_long(lengths, max_length, too_long)
     plan = plan_packing(lengths, max_length)
     logger.info("%s", plan)
-    return datasets.Dataset(pa.table(_pack_columns(per_token, starts, plan)))
+    return as_packed(datasets.Dataset(pa.table(_pack_columns(per_token, starts, plan))))
 
 
 def _check_arguments(dataset: datasets.Dataset, column: str, too_long: str) -> None:
@@ -104,9 +108,12 @@ def _pack_columns(columns: Mapping[str, pa.Array], starts: Integers, plan: Packi
     packed = {
         name: pa.LargeListArray.from_arrays(offsets, each.flatten().take(source))
         for name, each in columns.items()
-        if name != "position_ids"
+        if name not in ("position_ids", "attention_mask")
     }
-    packed["position_ids"] = pa.LargeListArray.from_arrays(offsets, pa.array(within))
+    number = np.arange(len(order)) - np.repeat(examples[:-1], examples_per_row)  # of each example in its row
+    seq_idx = np.repeat(number, lengths).astype(np.int32)
+    for name, values in (("position_ids", within), ("seq_idx", seq_idx), ("attention_mask", seq_idx + 1)):
+        packed[name] = pa.LargeListArray.from_arrays(offsets, pa.array(values))
     packed["seq_lengths"] = pa.LargeListArray.from_arrays(pa.array(examples, pa.int64()), pa.array(lengths))
     return packed
 

@@ -12,9 +12,9 @@ from ..batch.packed_batch import PackedBatch
 from ..errors import PadfreeError
 from ..models import is_transformers_model, pretrained_modules
 from ..registry import Patch
-from ..wrapping.call import Call
+from ..wrapping.call import Call, signature
 from ..wrapping.opt_in import OptIn
-from ..wrapping.seam import Seam
+from ..wrapping.seam import Seam, original_of
 from .kinds import Found, check_takes
 from .model_call import concerns, take_batch
 
@@ -25,7 +25,18 @@ def find(model: nn.Module, patch: Patch) -> Found:
     heads = tuple(module for module in pretrained_modules(model) if not patch.is_decoder(module))
     for head in heads:
         check_takes(patch, head, "attention_mask", "position_ids")
-    return Found(frozenset(Seam(type(each), "forward", concerns, answer) for each in heads), heads)
+    return Found(frozenset(Seam(type(each), "forward", concerns, answer, _shown(each)) for each in heads), heads)
+
+
+def _shown(head: nn.Module) -> tuple[str, ...]:
+    """Returns what the signature of a patched head shows beside upstream's: the column that `pack_dataset` makes.
+
+    The Trainer removes every column that no parameter is named after, so a forward that takes position_ids among its
+    `**kwargs` only would be given rows without boundaries. (It is not position_ids that are shown: generate would make
+    some as soon as the signature has them.)
+    """
+    parameters = signature(original_of(type(head).forward)).parameters
+    return () if "position_ids" in parameters else ("seq_idx",)
 
 
 def answer(call: Call) -> Any:

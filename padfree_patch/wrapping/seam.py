@@ -37,6 +37,8 @@ class Seam:
     torch.compile."""
     answer: Answer
     """What happens instead of the function itself."""
+    takes: tuple[str, ...] = ()
+    """Names of arguments that the wrapper takes beside the function's own, and shows in its signature."""
 
     def __str__(self) -> str:
         if isinstance(self.owner, str):
@@ -52,7 +54,7 @@ class Seam:
                 return
             current = holder[self.name] if isinstance(holder, dict) else getattr(holder, self.name)
             own = _own_entries(holder).get(self.name, _ABSENT)
-            wrapper: Any = wrapped(current, self.concerns, self.answer)
+            wrapper: Any = wrapped(current, self.concerns, self.answer, self.takes)
             if isinstance(own, staticmethod):
                 wrapper = staticmethod(wrapper)
             here.append(Installed(holder, own, wrapper))
@@ -81,7 +83,9 @@ installed: dict[Seam, list[Installed]] = {}
 """More than one for a seam if a module of remote code was loaded again under its name."""
 
 
-def wrapped(original: Callable[..., Any], concerns: Concerns, answer: Answer) -> Callable[..., Any]:
+def wrapped(
+    original: Callable[..., Any], concerns: Concerns, answer: Answer, takes: tuple[str, ...] = ()
+) -> Callable[..., Any]:
     """Returns a plain function that answers the calls which concern us and passes all others on."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -92,9 +96,17 @@ def wrapped(original: Callable[..., Any], concerns: Concerns, answer: Answer) ->
     functools.update_wrapper(call, original)
     # accelerate's unwrap_model follows __wrapped__ to the innermost function and puts that on the instance: not ours.
     del call.__wrapped__  # type: ignore[attr-defined]
-    call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    call.__signature__ = _with_keywords(inspect.signature(original), takes)  # type: ignore[attr-defined]
     setattr(call, ORIGINAL, original)
     return call
+
+
+def _with_keywords(signature: inspect.Signature, names: tuple[str, ...]) -> inspect.Signature:
+    """Returns a signature with more keyword arguments, None by default; as it is without names."""
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+    *before, last = signature.parameters.values()
+    any_keyword = [last] if last.kind is last.VAR_KEYWORD else []
+    return signature.replace(parameters=[*before, *([] if any_keyword else [last]), *more, *any_keyword])
 
 
 def original_of(function: Callable[..., Any]) -> Callable[..., Any]:

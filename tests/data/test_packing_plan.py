@@ -214,7 +214,7 @@ def test_packed_data_set_holds_every_example_whole():
     lengths = [5, 3, 7, 2, 8, 1, 4]
     data = dataset_of(lengths)
     packed = pack_dataset(data, 8)
-    assert set(packed.column_names) == {"input_ids", "labels", "position_ids", "seq_lengths"}
+    assert set(packed.column_names) == {"input_ids", "labels", *BOUNDARIES}
     assert max(len(row) for row in packed["input_ids"]) <= 8
     assert len(packed) == len(plan_packing(lengths, 8).rows)
     assert examples_in(packed) == data["input_ids"][:]
@@ -223,16 +223,33 @@ def test_packed_data_set_holds_every_example_whole():
     assert examples_in(pack_dataset(selected, 8)) == [data[i]["input_ids"] for i in (0, 2, 4)]
 
 
-@pytest.mark.parametrize("keep", [("input_ids", "labels", "position_ids"), ("input_ids", "labels", "seq_lengths")])
-def test_collator_finds_the_examples_of_packed_rows_again(keep):
-    """position_ids are what the Trainer's remove_unused_columns leaves."""
-    packed = pack_dataset(dataset_of([5, 3, 7, 2, 8, 1, 4]), 8).select_columns(list(keep))
+BOUNDARIES = ("position_ids", "seq_idx", "attention_mask", "seq_lengths")
+
+
+@pytest.mark.parametrize("kept", [*((name,) for name in BOUNDARIES), BOUNDARIES])
+def test_collator_finds_the_examples_of_packed_rows_again(kept):
+    """A Trainer leaves the columns that its model's forward names."""
+    packed = pack_dataset(dataset_of([5, 3, 7, 2, 8, 1, 4]), 8).select_columns(["input_ids", "labels", *kept])
     batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)([packed[0], packed[1], packed[2]])
     expected = [
         n for row in plan_packing([5, 3, 7, 2, 8, 1, 4], 8).rows[:3] for n in (np.array([5, 3, 7, 2, 8, 1, 4])[row])
     ]
     assert list(batch["packed_sequences"].lengths) == expected
     assert (batch["labels"] == -100).sum() == len(expected)
+
+
+@pytest.mark.parametrize("later", ["as it is", "shuffle", "select", "filter", "train_test_split"])
+def test_packed_rows_cannot_lose_where_their_examples_end(later):
+    packed = pack_dataset(dataset_of([5, 3, 7, 2, 8, 1, 4]), 8)
+    arguments = {"select": [[0, 2]], "filter": [lambda row: True], "train_test_split": [0.5]}
+    changed = packed if later == "as it is" else getattr(packed, later)(*arguments.get(later, []))
+    rows = changed["train"] if later == "train_test_split" else changed
+    with pytest.raises(PadfreeError, match="left would be input_ids, labels, and each row would be one text"):
+        rows.remove_columns(list(BOUNDARIES))
+    with pytest.raises(PadfreeError, match="pass remove_unused_columns=False, or apply"):
+        rows.select_columns(["input_ids"])
+    assert rows.remove_columns(list(BOUNDARIES[1:])).column_names == ["input_ids", "labels", "position_ids"]
+    assert rows.select_columns(["labels"]).column_names == ["labels"]  # the control: no tokens, so no text
 
 
 @pytest.mark.parametrize(

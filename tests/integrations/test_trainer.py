@@ -58,6 +58,55 @@ def test_packed_data_set_trains_like_its_examples(llama, tmp_path, measured, rem
     assert sum((row["position_ids"][0] == 0) for row in packed) == len(packed) < len(LENGTHS)
 
 
+@pytest.mark.parametrize("wrapped", ["names neither", "peft"])
+def test_packed_data_set_keeps_its_boundaries_whatever_forward_names(llama, tmp_path, wrapped):
+    """The Trainer removes every column that the forward which it asks does not name."""
+    import datasets
+
+    packed = pack_dataset(datasets.Dataset.from_list(data()), 24)
+    options = {"dataset": packed, "per_device_train_batch_size": 2, "max_steps": 1}
+    expected = trained(llama, tmp_path, flattening(), patched=True, **options)
+
+    class OnlyTokens(type(llama)):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            return super().forward(input_ids=input_ids, labels=labels, **kwargs)
+
+    if wrapped == "peft":
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(apply(llama), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    else:
+        llama.__class__ = OnlyTokens
+        model = llama
+    found = trained(model, tmp_path, flattening(), patched=True, **options)
+    assert found.losses == pytest.approx(expected.losses, abs=1e-5)
+
+    def one_text(features):
+        """The control: the same rows without their boundaries."""
+        return flattening()([{"input_ids": each["input_ids"]} for each in features])
+
+    mixed = trained(model, tmp_path, one_text, patched=True, **options)
+    assert abs(mixed.losses[0] - expected.losses[0]) > 1e-3
+
+
+def test_packed_data_set_for_a_forward_that_takes_no_boundaries_is_an_error(llama, tmp_path):
+    """A module of one's own around a patched model, of which the Trainer sees nothing but its own forward."""
+    import datasets
+
+    class Around(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            return self.model(input_ids=input_ids, labels=labels, **kwargs)
+
+    packed = pack_dataset(datasets.Dataset.from_list(data()), 24)
+    around = Around(apply(llama))
+    with pytest.raises(PadfreeError, match="left would be input_ids, and each row would be one text"):
+        trainer_of(around, tmp_path, flattening(), dataset=packed).train()
+    trainer_of(around, tmp_path, flattening(), dataset=packed, remove_unused_columns=False).train()
+
+
 def test_training_on_completions_only_is_the_padded_one(llama, tmp_path, measured):
     texts = [{"input_ids": [*each["input_ids"][:1], 85, 86, *each["input_ids"][1:], 1]} for each in data()]
 
