@@ -12,8 +12,8 @@ import padfree_patch
 PACKAGE = Path(padfree_patch.__file__).parent
 
 ALLOWED = {
-    "batch": {"batch", "errors", "versions"},
-    "data": {"data", "batch", "errors", "versions"},
+    "batch": {"arguments", "batch", "errors", "versions"},
+    "data": {"arguments", "data", "batch", "errors", "versions"},
 }
 """What the files of a folder may import of this package, by its first name below `padfree_patch`."""
 

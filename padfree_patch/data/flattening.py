@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 
+from .. import versions
+from ..arguments import whole_number
 from ..batch.labels import IGNORED_LABEL, ignore_first_labels
 from ..batch.sequences import PackedSequences
 from ..errors import PadfreeError
 from .fields import (
+    READ,
     Feature,
     Integers,
     Numbers,
     as_tensors,
     check_example,
     join_row,
+    label_masks,
     lengths_inside,
+    list_of_examples,
     stack_field,
     token_field,
     token_values,
+    trained_tokens,
+    unread_fields,
 )
 
 
@@ -53,6 +60,9 @@ class DataCollatorWithFlattening:
     FlashAttentionKwargs the batch holds `packed_sequences`, the lengths as Python integers, from which a patched model
     works without reading anything back from the device.
 
+    TRL's columns `completion_mask` and `assistant_masks` are read as TRL reads them: where one has a 0, the label
+    becomes -100. Drop the column to train on every token.
+
     The label of each example's first token becomes `separator_id`, so that no example is trained to predict the
     beginning of the next one. How many sequences flash-attn's varlen backward can take at once,
     (tokens + 128 * sequences) * heads * head_dim rounded up to 32 < 2**31, depends on the model: the flash_attn backend
@@ -63,7 +73,8 @@ class DataCollatorWithFlattening:
         return_position_ids: return `position_ids`, which restart at `position_ids_start` for every example.
         separator_id: label of each example's first token. None keeps each first label. A patched model still ignores
             it; a loss computed outside the model, as with label smoothing, does not. Use None only to match a padded
-            run on Trainers 4.46 to 5.9, which divide by the number of labels and count first labels.
+            run on Trainers 4.46 to 5.9, which divide by the number of labels and count first labels. Later ones leave
+            out the first label of a row, and would count those of a packed row: None warns there.
         return_flash_attn_kwargs: return `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`, and
             `packed_sequences`. An unpatched model refuses or ignores them.
         return_seq_idx: return `seq_idx`, the number of the example that a token belongs to, int32 (1, T).
@@ -91,22 +102,31 @@ class DataCollatorWithFlattening:
         token_fields: Sequence[str] = (),
         example_fields: Sequence[str] = (),
     ):
+        if isinstance(token_fields, str) or isinstance(example_fields, str):
+            raise PadfreeError("token_fields and example_fields are lists of names, such as ['weight']; found a string")
+        if separator_id is None and versions.transformers(">=5.10"):
+            warnings.warn(
+                "separator_id=None makes this Trainer count a label for every example of a row but the first, which "
+                "a padded run of transformers 5.10 and later does not count; leave separator_id out",
+                stacklevel=2,
+            )
         self.return_tensors = return_tensors
         self.return_position_ids = return_position_ids
-        self.separator_id = separator_id
+        self.separator_id = None if separator_id is None else whole_number(separator_id, "separator_id")
         self.return_flash_attn_kwargs = return_flash_attn_kwargs
         self.return_seq_idx = return_seq_idx
-        self.position_ids_start = position_ids_start
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self.pad_token_id = pad_token_id
-        self.max_tokens = max_tokens
-        self.token_fields = token_fields
-        self.example_fields = example_fields
+        self.position_ids_start = whole_number(position_ids_start, "position_ids_start")
+        self.pad_to_multiple_of = pad_to_multiple_of and whole_number(pad_to_multiple_of, "pad_to_multiple_of", 1)
+        self.pad_token_id = 0 if pad_token_id is None else whole_number(pad_token_id, "pad_token_id")
+        self.max_tokens = None if max_tokens is None else whole_number(max_tokens, "max_tokens", 1)
+        self.token_fields = list(token_fields)
+        self.example_fields = list(example_fields)
         self.dropped_examples = self.dropped_tokens = 0
+        self._unread: set[str] = set()
 
     def __call__(
         self,
-        features: Sequence[Feature],
+        features: Iterable[Feature],
         return_tensors: str | None = None,
         separator_id: int | None = None,
     ) -> dict[str, Any]:
@@ -115,13 +135,16 @@ class DataCollatorWithFlattening:
         Args:
             features: each with `input_ids` and, if one has them, `labels`, lists or 1-D tensors of one length. One that
                 holds several examples itself (`pack_dataset`) says so by `seq_lengths`, `position_ids` that restart,
-                `seq_idx` or an `attention_mask` of segment numbers.
+                `seq_idx`, `cu_seq_lens_q` or an `attention_mask` of segment numbers. A warning names fields that are
+                left out.
             return_tensors, separator_id: instead of those given to the constructor.
 
         Returns int64 `input_ids` and `labels` (1, T), and what the constructor was asked for.
 
-        Raises PadfreeError naming the example if one is empty, padded, or has labels of another length.
+        Raises PadfreeError naming the example if one is empty, padded, or has labels or a mask of another length.
         """
+        features = list_of_examples(features)
+        self._warn_of_unread(features)
         tokens, labels = _tokens_and_labels(features)
         fitting = self._count_that_fit([len(each) for each in tokens])
         features, tokens, labels = features[:fitting], tokens[:fitting], labels[:fitting]
@@ -139,6 +162,17 @@ class DataCollatorWithFlattening:
         if self.return_flash_attn_kwargs:
             batch["packed_sequences"] = sequences
         return batch
+
+    def _warn_of_unread(self, features: Sequence[Feature]) -> None:
+        """Warns once of each field that is left out."""
+        unread = unread_fields(features, {*READ, *self.token_fields, *self.example_fields, *self._unread})
+        if unread:
+            self._unread.update(unread)
+            warnings.warn(
+                f"the collator leaves out {', '.join(unread)}: name a field with a value per token in token_fields=, "
+                "one with a value per example in example_fields=, or remove the column from the data set",
+                stacklevel=3,
+            )
 
     def _count_that_fit(self, lengths: list[int]) -> int:
         """Returns how many of the examples `max_tokens` has room for; counts the others as dropped, with a warning."""
@@ -184,7 +218,10 @@ class DataCollatorWithFlattening:
 
 
 def _tokens_and_labels(features: Sequence[Feature]) -> tuple[list[Integers], list[Integers]]:
-    """Returns the tokens and the labels of each example; where no example has labels, the tokens are the labels."""
+    """Returns the tokens and the labels of each example; where no example has labels, the tokens are the labels.
+
+    What TRL's masks leave out of the training has the label -100.
+    """
     if not features:
         raise PadfreeError("no examples to collate")
     tokens = [token_values(feature, "input_ids", i) for i, feature in enumerate(features)]
@@ -192,6 +229,9 @@ def _tokens_and_labels(features: Sequence[Feature]) -> tuple[list[Integers], lis
     labels = [token_values(feature, "labels", i) for i, feature in enumerate(features)] if has_labels else tokens
     for i, feature in enumerate(features):
         check_example(feature, tokens[i], labels[i], f"example {i} of {len(features)}")
+    if masks := label_masks(features):
+        trained = [trained_tokens(feature, masks, len(tokens[i]), i) for i, feature in enumerate(features)]
+        labels = [np.where(mask, each, IGNORED_LABEL) for mask, each in zip(trained, labels)]
     return tokens, labels
 
 

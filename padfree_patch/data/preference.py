@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..batch.labels import IGNORED_LABEL
 from ..errors import PadfreeError
-from .fields import Feature, Integers, as_tensors, field_names, stack_field, token_values
+from .fields import (
+    Feature,
+    Integers,
+    as_tensors,
+    field_names,
+    list_of_examples,
+    mask_values,
+    stack_field,
+    token_values,
+    unread_fields,
+)
 from .flattening import DataCollatorWithFlattening, RowOptions
 
 if TYPE_CHECKING:
@@ -18,13 +29,37 @@ if TYPE_CHECKING:
 _BREAKING = {"max_tokens", "pad_to_multiple_of", "token_fields", "example_fields", "separator_id"}
 """Arguments of `DataCollatorWithFlattening` that would leave examples out, add a sequence, or change the labels."""
 
+_ANSWERS = ("chosen", "rejected")
+
+_READ = {f"{part}{end}" for part in ("prompt", *_ANSWERS) for end in ("", "_ids", "_input_ids", "_labels")} | {
+    f"{part}_attention_mask" for part in ("prompt", *_ANSWERS)
+}
+"""TRL's columns: tokens, labels, masks, and the texts that they were made from."""
+
+_COLUMNS_OF_ROWS = {"completion_mask", "prompt_input_ids", "chosen_input_ids", "rejected_input_ids"}
+"""What TRL's DPOTrainer reads of a batch, from 0.9 to 1.16."""
+
+
+class PairsInOneRow(dict[str, Any]):
+    """A batch of pairs. Asked for a row per answer, as TRL's DPOTrainer asks, it says what to do instead."""
+
+    def __missing__(self, name: str) -> object:
+        if name in _COLUMNS_OF_ROWS:
+            raise PadfreeError(
+                f"something asks a batch of padfree_patch's DataCollatorForPreference for {name}, a row per answer, "
+                "but all answers are in one row. TRL's trainers, DPOTrainer among them, need TRL's own collator: leave "
+                "data_collator out. A loss for the row is in docs/training.md, Preferences"
+            )
+        raise KeyError(name)
+
 
 class DataCollatorForPreference:
     """Flattens pairs into one row (1, T): every chosen answer, then every rejected one, each after its prompt.
 
     TRL's collator of this name, with its columns and order, without padding. The labels are those of the answers:
     `sequence_log_probs(logits, labels, packed_sequences)` gives (2 * pairs,), the first half of which are the chosen
-    ones, and so does `last_tokens` for a reward model.
+    ones, and so does `last_tokens` for a reward model. TRL's own trainers compute their losses from a row per answer
+    and cannot take it; docs/training.md has the loss for a plain Trainer.
 
     Args:
         ignore_index: label of prompts.
@@ -47,35 +82,51 @@ class DataCollatorForPreference:
                 "sequences must be the chosen ones of the second. Fields of a pair are pair_fields, labels of prompts "
                 "ignore_index"
             )
+        if isinstance(pair_fields, str):
+            raise PadfreeError(f"pair_fields is a list of names, such as ['ref_chosen_logps']; found {pair_fields!r}")
         self.ignore_index = ignore_index
-        self.pair_fields = pair_fields
+        self.pair_fields = list(pair_fields)
+        self._unread: set[str] = set()
         options: RowOptions = {"return_flash_attn_kwargs": True, **flattening}
         self._flatten = DataCollatorWithFlattening(separator_id=ignore_index, **options)
 
-    def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
+    def __call__(self, features: Iterable[Feature]) -> dict[str, Any]:
         """Collates pairs.
 
         Args:
             features: each with `chosen_ids` and `rejected_ids` and, if the two do not hold it themselves, the
                 `prompt_ids` that both continue, lists or 1-D tensors; before TRL 1.0 the names end in `_input_ids`.
-                With `chosen_labels` and `rejected_labels` (TRL before 0.12) the answers hold their prompt.
+                With `chosen_labels` and `rejected_labels` (TRL before 0.12) the answers hold their prompt. A warning
+                names fields that are left out.
 
         Returns what `DataCollatorWithFlattening` does, and the `pair_fields`.
 
-        Raises PadfreeError naming the pair if it lacks an answer or has an empty one, or has a prompt where the first
-        pair has none.
+        Raises PadfreeError naming the pair if it lacks an answer or has an empty or padded one, has the labels of one
+        answer only, or has a prompt where the first pair has none.
         """
+        features = list_of_examples(features)
         if not features:
             raise PadfreeError("no pairs to collate")
+        self._warn_of_unread(features)
         has_prompt = _token_column(features[0], "prompt") is not None
         examples = [
             self._example(feature, answer, has_prompt, i, len(features))
-            for answer in ("chosen", "rejected")
+            for answer in _ANSWERS
             for i, feature in enumerate(features)
         ]
         batch = self._flatten(examples)
         fields = {name: stack_field(features, name) for name in self.pair_fields}
-        return {**batch, **as_tensors(fields, self._flatten.return_tensors)}
+        return PairsInOneRow({**batch, **as_tensors(fields, self._flatten.return_tensors)})
+
+    def _warn_of_unread(self, features: Sequence[Feature]) -> None:
+        """Warns once of each field that is left out."""
+        if unread := unread_fields(features, {*_READ, *self.pair_fields, *self._unread}):
+            self._unread.update(unread)
+            warnings.warn(
+                f"DataCollatorForPreference leaves out {', '.join(unread)}: name fields with a value per pair in "
+                "pair_fields=, or remove the column from the data set",
+                stacklevel=3,
+            )
 
     def _example(self, feature: Feature, answer: str, has_prompt: bool, index: int, count: int) -> dict[str, Integers]:
         """Returns one answer of a pair after its prompt, whose labels are `ignore_index`."""
@@ -85,7 +136,10 @@ class DataCollatorForPreference:
         tokens = _pair_tokens(feature, answer, index)
         if not len(tokens):
             raise PadfreeError(f"{place} has an empty {answer} answer")
-        if feature.get(f"{answer}_labels") is not None:  # whole texts, as TRL before 0.12 makes them
+        with_labels = [name for name in _ANSWERS if feature.get(f"{name}_labels") is not None]
+        if len(with_labels) == 1:
+            raise PadfreeError(f"{place} has {with_labels[0]}_labels only; give those of both answers, or of neither")
+        if with_labels:  # whole texts, as TRL before 0.12 makes them
             return {"input_ids": tokens, "labels": token_values(feature, f"{answer}_labels", index)}
         prompt = _pair_tokens(feature, "prompt", index) if has_prompt else np.zeros(0, dtype=np.int64)
         labels = np.concatenate([np.full_like(prompt, self.ignore_index), tokens])
@@ -101,4 +155,8 @@ def _pair_tokens(feature: Feature, name: str, index: int) -> Integers:
     column = _token_column(feature, name)
     if column is None:
         raise PadfreeError(f"pair {index} has no {name}_ids; it has {field_names(feature)}")
-    return token_values(feature, column, index)
+    tokens = token_values(feature, column, index)
+    mask = mask_values(feature, f"{name}_attention_mask", len(tokens), f"pair {index}")
+    if padding := int((mask == 0).sum()):
+        raise PadfreeError(f"pair {index}: {name} is padded by {padding} tokens; tokenise with padding=False")
+    return tokens

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import types
 
+import numpy as np
 import pytest
+import torch
 
-from padfree_patch import DataCollatorForCompletionOnlyLM, PadfreeError
+from padfree_patch import DataCollatorForCompletionOnlyLM, PadfreeError, apply
+from padfree_patch.testing import examples
 
 pytestmark = pytest.mark.versions
 
@@ -41,6 +44,9 @@ def collate(texts, **options):
         ("Q:1A:23Q:4A:56$", {"instruction_template": "Q:"}, ".....23.....56$"),
         ("Q:1A:23Q:45", {"instruction_template": "Q:"}, ".....23...."),  # a turn without an answer
         ("hi A:23Q:4A:5$", {"instruction_template": "Q:"}, ".....23.....5$"),  # begins without an instruction
+        ("Q:1A:23U:4A:56$", {"instruction_template": ["Q:", "U:"]}, ".....23.....56$"),
+        ("Q:1A:23Q:4B:56$", {"instruction_template": "Q:", "response_template": ["A:", "B:"]}, ".....23.....56$"),
+        ("Q:1A:23Q:4A:56$", {"instruction_template": [[ord("U")], [ord("Q"), ord(":")]]}, ".....23.....56$"),
     ],
 )
 def test_completion_only_labels(text, options, trained):
@@ -74,7 +80,76 @@ def test_missing_template_is_loud(text, options, message):
         collate(["Q:A:x", text], **options)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"mlm": True}, "mlm"), ({"response_template": ""}, "is empty")])
+def test_lengths_have_trls_shapes():
+    """Those of TRL 0.13 to 0.19, which people's code reads; `return_flash_attn_kwargs` asks for transformers'."""
+    flat = collate(["Q:A:xyz$", "Q:A:x$"], padding_free=True)
+    for end in "qk":
+        assert flat[f"cu_seq_lens_{end}"].tolist() == [[0, 8, 14]]
+        assert flat[f"cu_seq_lens_{end}"].dtype == torch.int32
+        assert flat[f"max_length_{end}"].tolist() == [8]
+    assert "packed_sequences" not in flat
+    assert set(collate(["A:x"], padding_free=True, return_flash_attn_kwargs=False)) == {
+        "input_ids",
+        "labels",
+        "position_ids",
+    }
+
+
+def test_lengths_of_trls_shapes_pass_through_a_patched_model(llama):
+    sequences = examples((5, 9, 1))
+    collator = DataCollatorForCompletionOnlyLM([7], padding_free=True)
+    batch = collator([{"input_ids": [7, *each[0].tolist()]} for each in sequences])
+    with torch.no_grad():
+        alone = torch.cat([llama(input_ids=ids).logits for ids in batch["input_ids"].split([6, 10, 2], dim=1)], dim=1)
+        apply(llama)
+        torch.testing.assert_close(llama(**batch).logits, alone)
+        assert not torch.allclose(llama(input_ids=batch["input_ids"]).logits, alone)  # the control
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_an_example_may_be_its_tokens_alone(padding_free):
+    ids = [[5, 7, 6], [5, 5, 7, 6, 9]]
+    tokenizer = types.SimpleNamespace(pad_token_id=0)
+    collator = DataCollatorForCompletionOnlyLM([7], tokenizer=tokenizer, padding_free=padding_free)
+    expected = collator([{"input_ids": each} for each in ids])
+    for features in (ids, [torch.tensor(each) for each in ids], iter(ids)):
+        found = collator(features)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_subclass_extends_torch_call():
+    class Marked(DataCollatorForCompletionOnlyLM):
+        def torch_call(self, examples):
+            return {**super().torch_call(examples), "mark": 1}
+
+    assert Marked([7], padding_free=True)([{"input_ids": [1, 7, 3]}])["mark"] == 1
+    arrays = DataCollatorForCompletionOnlyLM([7], padding_free=True)([[1, 7, 3]], return_tensors="np")
+    assert arrays["labels"].tolist() == [[-100, -100, 3]] and isinstance(arrays["max_length_q"], np.ndarray)
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("name", ["completion_mask", "assistant_masks"])
+def test_masks_of_trl_narrow_what_is_trained(padding_free, name):
+    row = {"input_ids": [1, 7, 3, 4, 5]}
+    tokenizer = types.SimpleNamespace(pad_token_id=0)
+    collator = DataCollatorForCompletionOnlyLM([7], tokenizer=tokenizer, padding_free=padding_free, ignore_index=-1)
+    assert collator([row])["labels"].tolist() == [[-1, -1, 3, 4, 5]]  # the control
+    assert collator([{**row, name: [1, 1, 1, 0, 1]}])["labels"].tolist() == [[-1, -1, 3, -1, 5]]
+    with pytest.raises(PadfreeError, match=f"example 0 has 5 tokens, but 1 values in its {name}"):
+        collator([{**row, name: [1]}])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mlm": True}, "mlm"),
+        ({"response_template": ""}, "is empty"),
+        ({"response_template": ["A:", ""]}, "is empty"),
+        ({"response_template": 7}, "response_template must be text, token ids or a list of either, found int"),
+        ({"response_template": [7, None]}, "response_template must be whole numbers, found None at place 1"),
+        ({"instruction_template": [1.5]}, "instruction_template must be whole numbers, found 1.5"),
+    ],
+)
 def test_completion_only_refuses_nonsense(options, message):
     with pytest.raises(PadfreeError, match=message):
         collate(["Q:A:x"], **options)

@@ -124,6 +124,15 @@ def test_scores_of_whole_texts_without_a_prompt(make):
     ("pair", "message"),
     [
         ({"prompt_ids": [1], "chosen_ids": [2]}, "pair 1 has no rejected_ids; it has prompt_ids, chosen_ids"),
+        (
+            {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [2], "chosen_labels": [2]},
+            "pair 1 of 2 has chosen_labels only; give those of both answers",
+        ),
+        (
+            {"prompt_ids": [1], "chosen_ids": [2, 0], "rejected_ids": [2], "chosen_attention_mask": [1, 0]},
+            "pair 1: chosen is padded by 1 tokens",
+        ),
+        ([1, 2], "example 1 must be a dict of fields"),
         ({"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [2]}, "pair 1 of 2 has an empty chosen answer"),
         ({"chosen_ids": [1], "rejected_ids": [2]}, "pair 1 of 2: a prompt in some pairs only"),
         ({"prompt_ids": [1], "chosen_ids": "no", "rejected_ids": [2]}, r"example 1: chosen_ids must be integers"),
@@ -140,6 +149,27 @@ def test_options_that_break_the_halves_are_errors():
             DataCollatorForPreference(**option)
     with pytest.raises(PadfreeError, match="no pairs to collate"):
         DataCollatorForPreference()([])
+
+
+def test_columns_of_a_row_per_answer_are_refused_in_words():
+    """TRL's DPOTrainer asks for them; a loader's copies of the batch go on saying so."""
+    batch = DataCollatorForPreference()(features())
+    for name in ("completion_mask", "chosen_input_ids"):
+        with pytest.raises(PadfreeError, match=f"for {name}, a row per answer, but all answers are in one row"):
+            type(batch)({key: value for key, value in batch.items()})[name]
+    assert batch.get("completion_mask") is None and "completion_mask" not in batch
+    with pytest.raises(KeyError, match="other"):
+        batch["other"]
+
+
+def test_fields_of_a_pair_that_are_left_out_are_named_once():
+    collator = DataCollatorForPreference(pair_fields=["margin"])
+    pairs = [{**each, "margin": 1.0, "score": 2.0, "prompt": "text"} for each in features()]
+    with pytest.warns(UserWarning, match="leaves out score: name fields with a value per pair in pair_fields="):
+        collator(pairs)
+    collator(iter(pairs))  # a second warning would be an error
+    with pytest.raises(PadfreeError, match="pair_fields is a list of names"):
+        DataCollatorForPreference(pair_fields="margin")
 
 
 class DPOTrainer(Trainer):

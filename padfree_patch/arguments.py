@@ -1,0 +1,91 @@
+"""Reads the numbers that a caller gives: one that is not whole, or too small, is an error that names the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .errors import PadfreeError
+
+Integers = npt.NDArray[np.int64]
+
+MOST = 2**53
+"""The largest number that is taken: every whole number up to it is also a float of its own."""
+
+
+def whole_number(value: object, name: str, least: int | None = None) -> int:
+    """Returns a number as an int.
+
+    Raises PadfreeError naming the argument if it is not whole, a truth value, or less than `least`.
+
+    >>> whole_number(8, "batch_size", 1)
+    8
+    """
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    found = np.asarray(value) if isinstance(value, int | float | np.generic) and not isinstance(value, bool) else None
+    if found is None or _is_wrong(found).any() or (least is not None and int(found) < least):
+        wanted = "a whole number" if least is None else f"a whole number, {least} or more"
+        raise PadfreeError(f"{name} must be {wanted}, found {_shown(value)}")
+    return int(found)
+
+
+def whole_numbers(values: Iterable[object], name: str) -> Integers:
+    """Returns numbers as int64 (N,).
+
+    Raises PadfreeError naming the first one that is not whole, by its place, or saying that these are no numbers.
+
+    >>> whole_numbers([3, 5.0], "lengths").tolist()
+    [3, 5]
+    """
+    array = _as_array(values, name)
+    if array.size and array.dtype.kind not in "iuf":
+        wrong = [_is_no_number(each) for each in array]
+    else:
+        wrong = _is_wrong(array).tolist()
+    if any(wrong):
+        place = wrong.index(True)
+        raise PadfreeError(f"{name} must be whole numbers, found {_shown(array[place])} at place {place}")
+    return array.astype(np.int64)
+
+
+def _as_array(values: object, name: str) -> npt.NDArray[np.generic]:
+    """Returns an array (N,), of objects if the values are not all numbers."""
+    if isinstance(values, torch.Tensor):
+        values = (values.float() if values.is_floating_point() else values).numpy(force=True)
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise PadfreeError(f"{name} must be a list of whole numbers, found {_shown(values)}")
+    if not isinstance(values, np.ndarray):
+        values = list(values)
+        try:
+            values = np.asarray(values)
+        except (ValueError, TypeError, RuntimeError):  # lists of several lengths, tensors of several values
+            values = np.fromiter(values, dtype=object)
+    if values.ndim != 1:
+        raise PadfreeError(f"{name} must be a list of whole numbers, found shape {values.shape}")
+    return values
+
+
+def _is_wrong(numbers: npt.NDArray[np.generic]) -> npt.NDArray[np.bool_]:
+    """Returns where numbers are not whole, not finite, or too large."""
+    if numbers.dtype.kind not in "iuf":
+        return np.ones(numbers.shape, dtype=np.bool_)
+    values = numbers.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return ~((np.abs(values) <= MOST) & (values == np.trunc(values)))
+
+
+def _is_no_number(value: object) -> bool:
+    try:
+        whole_number(value, "")
+    except PadfreeError:
+        return True
+    return False
+
+
+def _shown(value: object) -> str:
+    text = repr(value.item() if isinstance(value, np.generic) else value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
