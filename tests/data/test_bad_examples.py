@@ -1,4 +1,4 @@
-"""DataCollatorWithFlattening: what it cannot collate is an error that names the example, what it leaves out a warning."""
+"""What DataCollatorWithFlattening cannot collate is an error that names the example; what it leaves out, a warning."""
 
 from __future__ import annotations
 
