@@ -277,6 +277,13 @@ def benchmark(session: nox.Session) -> None:
     session.run("python", f"benchmarks/{name}.py", *arguments, env=kept)
 
 
+@nox.session(venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """With CUDA: the `gpu` tests, then benchmarks/gpu.py, on the torch and transformers that are there; no network."""
+    session.run(sys.executable, "-m", "pytest", "-m", "gpu", "tests/promises", external=True)
+    session.run(sys.executable, "benchmarks/gpu.py", *session.posargs, external=True)
+
+
 @nox.session
 def benchmark_packing(session: nox.Session) -> None:
     """Our packing of data sets beside TRL's."""

@@ -25,10 +25,11 @@ from torch.autograd.function import once_differentiable
 from padfree_patch import PackedSequences, attention
 from padfree_patch.attention import cpu
 from padfree_patch.attention.per_sequence import split_by_sequence
+from padfree_patch.measure.step import flan_like_lengths
 from padfree_patch.seams.key_bias import with_key_bias
 
 LENGTH_SETS: dict[str, Callable[[torch.Generator], list[int]]] = {
-    "flan": lambda g: torch.exp(torch.randn(64, generator=g) + 4.5).clamp(8, 2048).long().tolist(),
+    "flan": lambda g: list(flan_like_lengths(64, g)),
     "math": lambda g: (330 + 90 * torch.randn(16, generator=g)).clamp(50).long().tolist(),
     "tiny": lambda g: torch.randint(4, 41, (256,), generator=g).tolist(),
     "one": lambda g: [2048],

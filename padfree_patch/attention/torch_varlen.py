@@ -1,7 +1,8 @@
 """Varlen attention by PyTorch itself: `torch.nn.attention.varlen.varlen_attn`, FlashAttention-2 without the package.
 
-Read against torch/nn/attention/varlen.py of 2.13.0. It came in 2.10; scale, windows and grouped queries came after, so
-its signature is asked for them. It has neither dropout nor softcap, and no CPU kernel.
+Read against torch/nn/attention/varlen.py of 2.11.0 and 2.13.0. It came in 2.10; scale and windows came after, so its
+signature is asked for them. Its kernel shares keys among query heads in all of them, but a version with `enable_gqa`
+wants to be told. It has neither dropout nor softcap, and no CPU kernel.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def refusal(needs: Needs) -> str | None:
         takes = inspect.signature(_varlen_attn()).parameters
     except ImportError:
         return f"needs torch.nn.attention.varlen (torch >= 2.10), found torch {versions.installed('torch')}"
-    if missing := {"scale", "window_size", "enable_gqa"}.difference(takes):
+    if missing := {"scale", "window_size"}.difference(takes):
         return f"varlen_attn of torch {versions.installed('torch')} takes no {', '.join(sorted(missing))}; update torch"
     if needs.dropout:
         return "varlen_attn has no dropout"
@@ -48,7 +49,9 @@ def attend(
 ) -> Tensor:
     """Computes attention (`Backend.attend`)."""
     assert not softcap and not dropout, "the selector never sends either here"
-    return _varlen_attn()(
+    function = _varlen_attn()
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(function).parameters else {}
+    return function(
         q,
         k,
         v,
@@ -58,7 +61,7 @@ def attend(
         max_k=sequences.max_seqlen,
         scale=scale,
         window_size=left_and_right(window) if window else (-1, 0),  # (-1, 0): causal over the whole sequence
-        enable_gqa=q.shape[1] != k.shape[1],
+        **(grouped if q.shape[1] != k.shape[1] else {}),
     )
 
 

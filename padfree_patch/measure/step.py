@@ -62,8 +62,7 @@ class StepBench:
 def bench_step(model: Any, *, batch_size: int = 8, steps: int = 5) -> StepBench:
     """Times steps of a causal language model on random tokens; the model's gradients are dropped."""
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.exp(torch.randn(batch_size, generator=generator) + 4.5)  # lognormal, median 90
-    lengths = tuple(int(n) for n in drawn.clamp(8, 512))
+    lengths = flan_like_lengths(batch_size, generator, longest=512)
     device, vocabulary = next(model.parameters()).device, model.get_input_embeddings().weight.shape[0]
     batches = step_batches([torch.randint(vocabulary, (n,), generator=generator) for n in lengths], device)
     seconds: dict[str, list[float]] = {name: [] for name in ("padded", "packed", "ceiling")}
@@ -79,6 +78,12 @@ def bench_step(model: Any, *, batch_size: int = 8, steps: int = 5) -> StepBench:
         padding_free_seconds=statistics.median(seconds["packed"]),
         ceiling_seconds=statistics.median(seconds["ceiling"]),
     )
+
+
+def flan_like_lengths(count: int, generator: torch.Generator, *, longest: int = 2048) -> tuple[int, ...]:
+    """Draws tokens per example: lognormal, median 90, from 8 to `longest`."""
+    drawn = torch.exp(torch.randn(count, generator=generator) + 4.5)
+    return tuple(int(n) for n in drawn.clamp(8, longest))
 
 
 def step_batches(examples: list[Tensor], device: torch.device | str = "cpu") -> dict[str, dict[str, Any]]:
@@ -107,17 +112,18 @@ def _padded_batch(examples: list[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": padded, "attention_mask": mask, "labels": padded.masked_fill(mask == 0, IGNORED_LABEL)}
 
 
-def timed_step(model: Any, batch: Mapping[str, object], *, patched: bool) -> float:
+def timed_step(model: Any, batch: Mapping[str, object], *, patched: bool, backend: str = "auto") -> float:
     """Returns the seconds of one forward and backward in train mode; the gradients are dropped.
 
     Args:
         model: a causal language model.
         batch: what it is called on.
         patched: whether to apply the patch for this step.
+        backend: with what the patch computes attention.
     """
     model.train()
     device = next(model.parameters()).device
-    with applied(model, verify=False) if patched else contextlib.nullcontext():
+    with applied(model, verify=False, backend=backend) if patched else contextlib.nullcontext():
         taken = _seconds_of(lambda: model(**batch, use_cache=False).loss.backward(), device)
     model.zero_grad(set_to_none=True)
     return taken

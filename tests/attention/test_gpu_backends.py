@@ -130,7 +130,7 @@ def test_torch_without_what_torch_varlen_needs_is_refused(monkeypatch, older):
 
     there = types.SimpleNamespace(varlen_attn=varlen_attn) if older == "2.10" else None
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", there)
-    expected = {"none": "needs torch.nn.attention.varlen (torch >= 2.10)", "2.10": "no enable_gqa, scale, window_size"}
+    expected = {"none": "needs torch.nn.attention.varlen (torch >= 2.10)", "2.10": "takes no scale, window_size"}
     assert expected[older] in torch_varlen.refusal(CUDA)
 
 

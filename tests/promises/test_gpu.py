@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
-from helpers.models import PATCHES, skip_if_unavailable
-from padfree_patch import PackedSequences, applied, versions
-from padfree_patch.attention import Needs, flash_attn, sdpa, select
-from padfree_patch.testing import conformance, examples, pack, tiny_model
+from helpers.models import MACHINERY, PATCHES, skip_if_unavailable
+from padfree_patch import DataCollatorWithFlattening, PackedSequences, applied, versions
+from padfree_patch.attention import BACKENDS, Needs, flash_attn, sdpa, select
+from padfree_patch.testing import checkpointing, conformance, examples, pack, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+BY_NAME = {backend.NAME: backend for backend in BACKENDS}
 needs_flash_attn = pytest.mark.skipif(versions.installed("flash-attn") is None, reason="needs flash-attn")
 
 
@@ -52,3 +55,141 @@ def test_packed_row_is_no_worse_than_upstream_alone(patch, loaded_as):
     with applied(make().bfloat16().cuda()) as model, torch.no_grad():
         packed = model(**batch).logits.float().cpu()
     assert (packed - exact).norm() < 1.5 * (upstream - exact).norm()
+
+
+@pytest.fixture
+def on_cuda():
+    """Makes the same tiny Llama in bfloat16 on every call, and a batch with the collator's lengths."""
+
+    def make(**config):
+        return tiny_model(MACHINERY[0], hidden_size=96, **config).bfloat16().cuda()
+
+    return make
+
+
+def batch_of(lengths=(5, 9, 1, 12), *, seed=1):
+    """Returns a packed batch as our collator makes it, on the device."""
+    rows = [{"input_ids": each[0]} for each in examples(lengths, seed=seed)]
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(rows)
+    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def step(model, batch):
+    """Returns the loss and the gradients of one step."""
+    model.zero_grad(set_to_none=True)
+    loss = model.train()(**batch, use_cache=False).loss
+    loss.backward()
+    return loss.detach(), [each.grad.clone() for each in model.parameters()]
+
+
+def test_a_step_with_the_collators_lengths_never_waits(on_cuda):
+    with applied(on_cuda()) as model:
+        step(model, batch_of())  # kernels are compiled and loaded
+        batch = batch_of((3, 17, 8), seed=2)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(model, batch)
+            with pytest.raises(RuntimeError, match="synchronizing"):  # the control
+                batch["input_ids"].max().item()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_with_positions_alone_waits_once(on_cuda):
+    with applied(on_cuda()) as model:
+        step(model, batch_of())
+        batch = {name: batch_of((3, 17, 8), seed=2)[name] for name in ("input_ids", "position_ids", "labels")}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            step(model, batch)
+            torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchronizing" in str(each.message) for each in caught) == 1
+
+
+def test_another_stream_gives_the_same_step(on_cuda):
+    with applied(on_cuda()) as model:
+        batch = batch_of()
+        expected = step(model, batch)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            found = step(model, batch)
+        torch.cuda.current_stream().wait_stream(stream)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_recomputed_layers_train_like_kept_ones(on_cuda, reentrant):
+    """The backward recomputes in the autograd thread of the device."""
+    with applied(on_cuda()) as model:
+        expected = step(model, batch_of())
+        checkpointing(reentrant=reentrant)(model)
+        found = step(model, batch_of())
+    torch.testing.assert_close(found, expected)
+
+
+def test_autocast_is_no_worse_than_upstreams_alone():
+    sequences = examples((5, 9, 1, 12))
+
+    def make():
+        return tiny_model(MACHINERY[0], hidden_size=96).cuda()
+
+    exact = conformance.logits_alone(make, [each.cuda() for each in sequences]).float()
+    batch = {name: value.cuda() for name, value in pack(sequences).items()}
+    with torch.autocast("cuda", torch.bfloat16):
+        upstream = conformance.logits_alone(make, [each.cuda() for each in sequences]).float()
+        with applied(make()) as model, torch.no_grad():
+            packed = model(**batch).logits.float()
+    assert (packed - exact).norm() < 1.5 * (upstream - exact).norm()
+
+
+def test_positions_changed_in_place_are_read_again(on_cuda):
+    batch = {name: value.cuda() for name, value in pack(examples((5, 9, 2))).items()}
+    other = pack(examples((2, 5, 9)))["position_ids"].cuda()
+    with applied(on_cuda()) as model, torch.no_grad():
+        model(**batch)
+        batch["position_ids"].copy_(other)
+        found = model(**batch).logits
+        expected = model(input_ids=batch["input_ids"], position_ids=other.clone()).logits
+    assert torch.equal(found, expected)
+
+
+def test_a_captured_graph_replays_a_packed_forward(on_cuda):
+    """A CUDA graph keeps the lengths it was captured with: the ids may change, and nothing else."""
+    with applied(on_cuda()) as model, torch.no_grad():
+        batch, other = batch_of(), batch_of(seed=5)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                model(**batch, use_cache=False)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = model(**batch, use_cache=False).logits
+        batch["input_ids"].copy_(other["input_ids"])
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = model(**other, use_cache=False).logits
+    torch.testing.assert_close(captured, expected)
+
+
+@pytest.mark.parametrize("backend", ["flash_attn", "torch_varlen", "flex", "sdpa"])
+def test_every_backend_trains_like_alone(on_cuda, backend):
+    """The gradients of float32 on the CPU, within upstream's own error in bfloat16 and luck in rounding."""
+    if reason := BY_NAME[backend].refusal(Needs("cuda", torch.bfloat16, 16)):
+        pytest.skip(reason)
+    sequences = examples((5, 9, 1, 12))
+
+    def make():
+        return tiny_model(MACHINERY[0], hidden_size=96)
+
+    exact = conformance.alone_loss_and_gradients(make, sequences)[1]
+    upstream = conformance.alone_loss_and_gradients(on_cuda, [each.cuda() for each in sequences])[1]
+    with applied(on_cuda(), backend=backend) as model:
+        step(model, batch_of())
+    for name, parameter in model.named_parameters():
+        error = (parameter.grad.float().cpu() - exact[name]).norm()
+        bound = (upstream[name].float().cpu() - exact[name]).norm()
+        assert error < 2 * bound, f"{name}: {error:.1e}, upstream's {bound:.1e}"
