@@ -43,6 +43,6 @@ def _with_boundaries(dataset: datasets.Dataset) -> datasets.Dataset:
         raise PadfreeError(
             f"rows of pack_dataset would lose the columns that say where their examples end ({', '.join(BOUNDARIES)}); "
             f"left would be {', '.join(dataset.column_names)}, and each row would be one text. A Trainer removes "
-            "columns that the forward of its model does not name: pass remove_unused_columns=False, or apply(model) before"
+            "columns that its model's forward does not name: pass remove_unused_columns=False, or apply(model) before"
         )
     return dataset

@@ -15,6 +15,7 @@ from ..wrapping.call import Call
 from ..wrapping.seam import Seam
 from .kinds import Found, check_class_found, check_takes
 from .model_call import concerns, take_batch
+from .noise import embed_each_alone
 from .rotary import depends_on_length
 from .stand_in import stand_in
 from .under_way import running
@@ -47,6 +48,7 @@ def _prepare(call: Call) -> PackedBatch | None:
     batch = take_batch(call)
     if batch is not None:
         check_implementation(type(call.module).__name__, call.module)  # it may have been switched since apply
+        embed_each_alone(call.module, call.arguments, batch)
         call.arguments["attention_mask"] = stand_in(batch)
     return batch
 
