@@ -27,8 +27,8 @@ def embed_each_alone(decoder: Any, arguments: dict[str, Any], batch: PackedBatch
     ids = arguments.pop("input_ids", None)
     if ids is None:
         raise PadfreeError(
-            f"{type(decoder).__name__}: NEFTune's noise is scaled by the length of each example, but the packed call has "
-            "inputs_embeds, computed for the whole row; pass input_ids, or switch neftune_noise_alpha off"
+            f"{type(decoder).__name__}: NEFTune's noise is scaled by the length of each example, but the call has "
+            "inputs_embeds that were computed for the whole row; pass input_ids, or switch neftune_noise_alpha off"
         )
     examples = ids.reshape(1, -1).split(list(batch.sequences.lengths), dim=1)
     arguments["inputs_embeds"] = torch.cat([embeddings(each) for each in examples], dim=1).view(*ids.shape, -1)
