@@ -6,8 +6,18 @@ be, and `answer`, which is what happens there. A new kind is one file here and i
 
 from __future__ import annotations
 
-from . import attention, decoder, flash_attn, head, interface, key_bias, mask, rotary
+from . import attention, decoder, flash_attn, generation, head, interface, key_bias, mask, rotary
 from .kinds import Kind
 
-KINDS: tuple[Kind, ...] = (decoder, head, attention, interface, flash_attn, mask, key_bias, rotary)
+KINDS: tuple[Kind, ...] = (
+    decoder,
+    head,
+    generation,
+    attention,
+    interface,
+    flash_attn,
+    mask,
+    key_bias,
+    rotary,
+)
 """In the order in which their checks speak up."""

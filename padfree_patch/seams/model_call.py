@@ -12,6 +12,7 @@ from ..errors import PadfreeError
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
 from .stand_in import is_stand_in
+from .under_way import under_way
 
 CACHE_ARGUMENTS = ("past_key_values", "cache")
 """What a model's forward calls its cache; the second name is new in 5.24, where the first goes on until 5.40."""
@@ -44,6 +45,8 @@ def take_batch(call: Call) -> PackedBatch | None:
     Takes the lengths out of the arguments, which upstream would refuse. Of a packed call, takes the cache out as well:
     it would be one of several texts at once, so nothing could be generated from it.
     """
+    if _is_upstreams(call):
+        return None
     lengths = _take_lengths(call.arguments)
     batch = _read(call, lengths)
     if batch is None:
@@ -57,9 +60,20 @@ def take_batch(call: Call) -> PackedBatch | None:
     return batch
 
 
+def _is_upstreams(call: Call) -> bool:
+    """Whether upstream's own generation makes the call: of a decoding loop, or of continuous batching.
+
+    The second packs requests into a row itself, and its thread calls the model with the places of its cache.
+    """
+    arguments = call.arguments
+    if arguments.get("packed_sequences") is not None:  # which only our collators make
+        return False
+    return id(call.module) in under_way.generating or "write_index" in arguments
+
+
 def _take_lengths(arguments: dict[str, Any]) -> dict[str, Any]:
-    # From 4.54 on, generate passes flash-attn lengths that are about cache and padding: those stay.
-    generating = _cache_of(arguments) is not None and arguments.get("attention_mask") is not None
+    # From 4.54 on, generate passes flash-attn lengths that are about cache and padding: those stay, in a loop like it.
+    generating = _cached_tokens(_cache_of(arguments)) > 0 and arguments.get("attention_mask") is not None
     ours = [name for name in LENGTH_ARGUMENTS if name in arguments and (name == "packed_sequences" or not generating)]
     given = {name: arguments.pop(name) for name in ours}
     return {name: value for name, value in given.items() if value is not None}
@@ -72,16 +86,16 @@ def _read(call: Call, lengths: dict[str, Any]) -> PackedBatch | None:
     name = type(call.module).__name__
     if tokens.numel() == 0:
         raise PadfreeError(f"{name}: empty input, the tokens have shape {tuple(tokens.shape)}")
-    cache = _cache_of(call.arguments)
+    cached = _cached_tokens(_cache_of(call.arguments))
     batch = read_batch(
         (int(tokens.shape[0]), int(tokens.shape[1])),
         tokens.device,
         position_ids=call.arguments.get("position_ids"),
         attention_mask=call.arguments.get("attention_mask"),
         lengths=lengths,
-        generating=cache is not None,
+        generating=cached > 0,
     )
-    if batch is not None and (cached := _cached_tokens(cache)):
+    if batch is not None and cached:
         raise PadfreeError(
             f"{name}: a packed batch ({batch.sequences}) with a cache that holds {cached} tokens; "
             "pass no cache with packed examples, or no restarting positions with a cache"

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from ..batch.packed_batch import PackedBatch
 
 if TYPE_CHECKING:
@@ -20,10 +22,12 @@ if TYPE_CHECKING:
 class _UnderWay(threading.local):
     batch: PackedBatch | None = None
     kernel: PackedKernel | None = None
+    generating: frozenset[int] = frozenset()
 
 
 under_way = _UnderWay()
-"""Its `batch` is the one whose rotary runs; its `kernel` the one that flash-attn would be called for."""
+"""Its `batch` is the one whose rotary runs; its `kernel` the one that flash-attn would be called for; `generating` has
+the ids of the modules of models that generate."""
 
 
 @contextmanager
@@ -35,3 +39,14 @@ def running(*, batch: PackedBatch | None = None, kernel: PackedKernel | None = N
         yield
     finally:
         under_way.batch, under_way.kernel = outer
+
+
+@contextmanager
+def generating(model: nn.Module) -> Iterator[None]:
+    """Says that a model generates, while upstream's loop runs; other models that it calls don't."""
+    outer = under_way.generating
+    under_way.generating = outer | {id(module) for module in model.modules()}
+    try:
+        yield
+    finally:
+        under_way.generating = outer
