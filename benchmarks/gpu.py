@@ -5,7 +5,8 @@
 
 It needs no network. "packed" is the padding-free step; every kind of step gets the same examples in turn, and new ones
 every round. Errors are of bfloat16 against float32 on the CPU, over those that upstream makes on each example alone.
-docs/benchmarks/gpu.json is written after each section, so that a run that is cut off leaves what it measured.
+docs/benchmarks/gpu.json is written after each section, so that a run that is cut off leaves what it measured, and keeps
+the sections of an earlier run on the same card that this one leaves out.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ WIDTHS = {
 @click.command()
 @click.option("--only", "sections", multiple=True, type=click.Choice(SECTIONS), default=SECTIONS)
 @click.option("--layers", default=4, show_default=True, help="Layers of the models that are timed.")
-@click.option("--batch-size", "batch_sizes", multiple=True, type=int, default=(8, 32), show_default=True)
-@click.option("--rounds", default=8, show_default=True, help="Batches per width and batch size.")
+@click.option("--batch-size", "batch_sizes", multiple=True, type=int, default=(16, 64), show_default=True)
+@click.option("--rounds", default=6, show_default=True, help="Batches per width and batch size.")
 @click.option("--device", default="cuda", show_default=True)
 def main(sections: tuple[str, ...], layers: int, batch_sizes: tuple[int, ...], rounds: int, device: str) -> None:
     """Measure, and write after each section."""
@@ -49,6 +50,7 @@ def main(sections: tuple[str, ...], layers: int, batch_sizes: tuple[int, ...], r
     found: dict[str, Any] = {"environment": {**environment(), "card": card, "cuda": torch.version.cuda}}
     found["backends"] = {each.NAME: each.refusal(needs(device)) for each in attention.BACKENDS}
     print(json.dumps({name: found[name] for name in ("environment", "backends")}, indent=1), flush=True)
+    found |= earlier(card)
     names = [name for name, refusal in found["backends"].items() if refusal is None]
     for section in sections:
         if section == "exactness":
@@ -62,6 +64,14 @@ def main(sections: tuple[str, ...], layers: int, batch_sizes: tuple[int, ...], r
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
         print(json.dumps(found[section], indent=1), flush=True)
+
+
+def earlier(card: str) -> dict[str, Any]:
+    """Returns the sections that an earlier run left, if it was on the same card."""
+    file = RESULTS / "gpu.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    same = before.get("environment", {}).get("card") == card
+    return {name: before[name] for name in SECTIONS if same and name in before}
 
 
 def needs(device: str) -> attention.Needs:
@@ -83,13 +93,7 @@ def model_of(width: str, layers: int, device: str, implementation: str = "sdpa")
 def steps(width: str, layers: int, batch_size: int, rounds: int, names: list[str], device: str) -> dict[str, Any]:
     """Returns seconds per round and kind, peak memory that a step adds, kernel launches and syncs."""
     model = model_of(width, layers, device)
-    kinds: dict[str, Step] = {}
-    for kind in ("padded", "native", "ceiling"):
-        kinds[kind] = lambda batches, kind=kind: timed_step(model, batches[kind], patched=False)
-    for name in names:
-        kinds[f"packed, {name}"] = lambda batches, name=name: timed_step(
-            model, batches["packed"], patched=True, backend=name
-        )
+    kinds = kinds_of(model, names)
     runs = []
     for seed in range(rounds + 2):
         batches = drawn(batch_size, seed, device)
@@ -107,6 +111,41 @@ def steps(width: str, layers: int, batch_size: int, rounds: int, names: list[str
         {kind: counts_of(functools.partial(step, last)) for kind, step in kinds.items()} if device == "cuda" else {}
     )
     return {"width": width, "layers": layers, "batch_size": batch_size, "rounds": runs, "counts": counts}
+
+
+def kinds_of(model: Any, names: list[str]) -> dict[str, Step]:
+    """Returns the kinds of step: upstream's with each way it has to compute attention, and ours with each backend."""
+    ways = {"sdpa": upstream(model, "sdpa"), "sdpa without cuDNN": upstream(model, "sdpa", cudnn=False)}
+    if "flash_attn" in names:
+        ways["flash_attention_2"] = upstream(model, "flash_attention_2")
+    kinds: dict[str, Step] = {
+        f"{kind}, {way}": functools.partial(run, kind)
+        for way, run in ways.items()
+        for kind in ("padded", "native", "ceiling")
+    }
+    for name in names:
+        kinds[f"packed, {name}"] = functools.partial(packed, model, name)
+    return kinds
+
+
+def upstream(model: Any, implementation: str, *, cudnn: bool = True) -> Callable[[str, dict[str, Any]], float]:
+    """Returns what times a step of the unpatched model. cuDNN's attention makes a plan for every shape that is new."""
+
+    def run(kind: str, batches: dict[str, Any]) -> float:
+        model.set_attn_implementation(implementation)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        try:
+            return timed_step(model, batches[kind], patched=False)
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(True)
+            model.set_attn_implementation("sdpa")
+
+    return run
+
+
+def packed(model: Any, backend: str, batches: dict[str, Any]) -> float:
+    """Times a padding-free step."""
+    return timed_step(model, batches["packed"], patched=True, backend=backend)
 
 
 def drawn(batch_size: int, seed: int, device: str) -> dict[str, dict[str, Any]]:
@@ -135,13 +174,13 @@ def counts_of(run: Callable[[], object]) -> dict[str, int]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run()
     kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
-    return {"kernels": len(kernels), "syncs": sum("synchronizing" in str(each.message) for each in caught)}
+    return {"kernels": len(kernels), "syncs": sum("called a synchronizing" in str(each.message) for each in caught)}
 
 
 def compiled(name: str, layers: int, device: str) -> dict[str, Any]:
     """Returns the seconds of a packed step with and without torch.compile, and the difference of the losses."""
     model = model_of("1.7B-like", layers, device).train()
-    batches = [drawn(8, seed, device)["packed"] for seed in range(6)]
+    batches = [drawn(16, seed, device)["packed"] for seed in range(6)]
     with applied(model, verify=False, backend=name):
         as_it_is = [float(model(**batch, use_cache=False).loss) for batch in batches]
         before = [timed_step(model, batch, patched=False) for batch in batches][2:]

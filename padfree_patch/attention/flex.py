@@ -32,6 +32,12 @@ BLOCK = 128
 """Queries and keys per block: what the kernel is tuned for."""
 
 
+COMPILATION = {"cache_size_limit": 128, "specialize_float": True}
+"""How Dynamo compiles the kernel. Each mix of dtype, window, softcap and grad mode is a graph of its own, and after
+eight PyTorch would compute the ninth with all scores in memory. A second softcap becomes a symbol, which does not
+compile."""
+
+
 def refusal(needs: Needs) -> str | None:
     """Says why this backend can't do what a call needs; None if it can."""
     try:
@@ -68,15 +74,16 @@ def attend(
     """Computes attention (`Backend.attend`)."""
     assert not dropout, "the selector never sends dropout here"
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, heads, T, D)
-    output = compiled_flex_attention()(
-        q,
-        k,
-        v,
-        score_mod=_cap_of_scores(softcap) if softcap else None,
-        block_mask=block_mask(sequences, window),
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    with torch._dynamo.config.patch(COMPILATION):
+        output = compiled_flex_attention()(
+            q,
+            k,
+            v,
+            score_mod=_cap_of_scores(softcap) if softcap else None,
+            block_mask=block_mask(sequences, window),
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
     return output.squeeze(0).transpose(0, 1)
 
 
@@ -128,8 +135,11 @@ def _cap_of_scores(softcap: float) -> Callable[..., Tensor]:
 
 @functools.cache
 def compiled_flex_attention() -> Callable[..., Tensor]:
-    """Compiles torch's function for any number of tokens: every batch has another."""
+    """Compiles torch's function for any number of tokens: every batch has another.
+
+    With `fullgraph`, what can't be compiled is an error; without, torch would compute it with all scores in memory.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True)
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=True, fullgraph=True)
     return compiled

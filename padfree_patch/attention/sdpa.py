@@ -7,8 +7,9 @@ a chunk of queries by the keys that they see.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -52,13 +53,27 @@ def attend(
     else:
         attend_chunk = functools.partial(_sdpa, scale=scale, dropout=dropout)
     outputs = []
-    for q_, k_, v_ in split_by_sequence(lengths, q, k, v):
-        if by_matmuls or 0 < window < q_.shape[2]:
-            output = _in_chunks(attend_chunk, q_, k_, v_, window=window)
-        else:
-            output = _sdpa(q_, k_, v_, scale=scale, dropout=dropout, is_causal=True)
-        outputs.append(output.squeeze(0).transpose(0, 1))  # (length, H, D)
+    with _without_cudnn(q.device):
+        for q_, k_, v_ in split_by_sequence(lengths, q, k, v):
+            if by_matmuls or 0 < window < q_.shape[2]:
+                output = _in_chunks(attend_chunk, q_, k_, v_, window=window)
+            else:
+                output = _sdpa(q_, k_, v_, scale=scale, dropout=dropout, is_causal=True)
+            outputs.append(output.squeeze(0).transpose(0, 1))  # (length, H, D)
     return torch.cat(outputs)
+
+
+@contextlib.contextmanager
+def _without_cudnn(device: torch.device) -> Iterator[None]:
+    """Keeps torch from cuDNN's kernels, which it prefers on Hopper: they make a plan for every new length."""
+    if device.type != "cuda" or versions.torch("<2.5") or not torch.backends.cuda.cudnn_sdp_enabled():
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def _in_chunks(

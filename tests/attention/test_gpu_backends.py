@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import inspect
 import json
 import sys
@@ -211,6 +212,22 @@ def test_flex_makes_its_mask_once_without_a_sync_or_a_tensor_of_tokens_squared()
     assert largest.elements <= 2 * sequences.total
     assert flex.block_mask(sequences) is first
     assert flex.block_mask(sequences, 100) is not first
+
+
+def test_every_mix_of_options_is_compiled(uncompiled, monkeypatch):
+    """PyTorch's limit is eight graphs, and its symbol for a second softcap does not compile (seen on an H200)."""
+    compiled = torch.compile(torch_flex.flex_attention, dynamic=True, fullgraph=True, backend="eager")
+    monkeypatch.setattr(flex, "compiled_flex_attention", lambda: compiled)
+    sequences = PackedSequences.from_lengths(LENGTHS)
+    graphs = set()
+    for window, softcap, trained in itertools.product((0, 4), (0.0, 2.0, 3.0), (False, True)):
+        qkv = [each.float().detach().requires_grad_(trained) for each in random_qkv(4, 2, 16)]
+        with torch.set_grad_enabled(trained):
+            output = flex.attend(*qkv, sequences, scale=0.3, window=window, softcap=softcap)
+        expected = reference(*qkv, sequences, scale=0.3, window=window, softcap=softcap)
+        torch.testing.assert_close(output, expected.float())
+        graphs.add((window, softcap, trained))
+    assert len(graphs) > 8
 
 
 def test_flex_is_not_compiled_again_for_every_batch(uncompiled, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import pytest
@@ -62,7 +63,7 @@ def on_cuda():
     """Makes the same tiny Llama in bfloat16 on every call, and a batch with the collator's lengths."""
 
     def make(**config):
-        return tiny_model(MACHINERY[0], hidden_size=96, **config).bfloat16().cuda()
+        return tiny_model(MACHINERY[0], hidden_size=384, **config).bfloat16().cuda()
 
     return make
 
@@ -82,30 +83,37 @@ def step(model, batch):
     return loss.detach(), [each.grad.clone() for each in model.parameters()]
 
 
+@contextlib.contextmanager
+def syncs():
+    """Gives a function that lists what waited for the device since this began."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield lambda: [each for each in caught if "called a synchronizing" in str(each.message)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_step_with_the_collators_lengths_never_waits(on_cuda):
     with applied(on_cuda()) as model:
         step(model, batch_of())  # kernels are compiled and loaded
         batch = batch_of((3, 17, 8), seed=2)
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with syncs() as messages:
             step(model, batch)
-            with pytest.raises(RuntimeError, match="synchronizing"):  # the control
-                batch["input_ids"].max().item()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+            assert not messages()
+            batch["input_ids"].max().item()
+            assert len(messages()) == 1  # the control
 
 
 def test_a_step_with_positions_alone_waits_once(on_cuda):
     with applied(on_cuda()) as model:
         step(model, batch_of())
         batch = {name: batch_of((3, 17, 8), seed=2)[name] for name in ("input_ids", "position_ids", "labels")}
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
+        with syncs() as messages:
             step(model, batch)
-            torch.cuda.set_sync_debug_mode("default")
-    assert sum("synchronizing" in str(each.message) for each in caught) == 1
+            assert len(messages()) == 1
 
 
 def test_another_stream_gives_the_same_step(on_cuda):
@@ -134,7 +142,7 @@ def test_autocast_is_no_worse_than_upstreams_alone():
     sequences = examples((5, 9, 1, 12))
 
     def make():
-        return tiny_model(MACHINERY[0], hidden_size=96).cuda()
+        return tiny_model(MACHINERY[0], hidden_size=384).cuda()
 
     exact = conformance.logits_alone(make, [each.cuda() for each in sequences]).float()
     batch = {name: value.cuda() for name, value in pack(sequences).items()}
@@ -178,12 +186,12 @@ def test_a_captured_graph_replays_a_packed_forward(on_cuda):
 @pytest.mark.parametrize("backend", ["flash_attn", "torch_varlen", "flex", "sdpa"])
 def test_every_backend_trains_like_alone(on_cuda, backend):
     """The gradients of float32 on the CPU, within upstream's own error in bfloat16 and luck in rounding."""
-    if reason := BY_NAME[backend].refusal(Needs("cuda", torch.bfloat16, 16)):
+    if reason := BY_NAME[backend].refusal(Needs("cuda", torch.bfloat16, 64)):
         pytest.skip(reason)
     sequences = examples((5, 9, 1, 12))
 
     def make():
-        return tiny_model(MACHINERY[0], hidden_size=96)
+        return tiny_model(MACHINERY[0], hidden_size=384)
 
     exact = conformance.alone_loss_and_gradients(make, sequences)[1]
     upstream = conformance.alone_loss_and_gradients(on_cuda, [each.cuda() for each in sequences])[1]
