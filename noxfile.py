@@ -29,7 +29,7 @@ NUMPY_1 = ["numpy<2", "datasets", "pyarrow<21", BITSANDBYTES]  # the last pyarro
 # All of them import, train and save on torch 2.13 and Python 3.11, the 4.x with the numpy they were made for.
 BESIDE = {
     "4.36.2": ["accelerate==0.25.0", "peft==0.7.1", *NUMPY_1],
-    "4.41.2": ["accelerate==0.30.1", "peft==0.11.1", *NUMPY_1],
+    "4.41.2": ["accelerate==0.30.1", "peft==0.11.1", "datasets==2.19.2", *NUMPY_1],  # before lists of 64 bits
     "4.43.4": ["accelerate==0.33.0", "peft==0.12.0", *NUMPY_1],
     "4.47.1": ["accelerate==1.2.1", "peft==0.14.0", *NUMPY_1],
     "4.57.6": ["accelerate==1.12.0", "peft==0.18.0", *NUMPY_1],

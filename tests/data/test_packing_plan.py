@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -16,7 +14,6 @@ from padfree_patch import (
     DataCollatorWithFlattening,
     PadfreeError,
     TokenBudgetBatchSampler,
-    pack_dataset,
     plan_packing,
 )
 
@@ -134,44 +131,6 @@ def test_window_must_hold_an_example():
 
 
 @pytest.mark.parametrize(
-    ("column", "values", "message"),
-    [
-        ("labels", [[-100, 2, 3], [5]], "example 1 has 2 tokens, but 1 labels"),
-        ("labels", [[-100, 2, 3], None], "example 1 has 2 tokens, but 0 labels"),
-        ("completion_mask", [[0, 1], [0, 1]], "example 0 has 3 tokens, but 2 completion_mask"),
-        ("attention_mask", [[1, 1, 1], [1, 0]], "example 1 is padded"),
-        ("attention_mask", [[1, 1, 2], [1, 1]], "example 0 holds several examples"),
-        ("position_ids", [[0, 1, 2], [0, 0]], "example 1 holds several examples"),
-        ("input_ids", [[1, 2, 3], []], "example 1 has 0 tokens"),
-    ],
-)
-def test_what_packing_would_lose_is_an_error(column, values, message):
-    dataset = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]], column: values})
-    for too_long in ("error", "split", "drop"):
-        with pytest.raises(PadfreeError, match=message):
-            pack_dataset(dataset, 8, too_long=too_long)
-
-
-def test_masks_and_lists_of_one_size_are_joined(caplog):
-    features = datasets.Features(
-        {
-            "input_ids": datasets.Sequence(datasets.Value("int64")),
-            "completion_mask": datasets.Sequence(datasets.Value("bool")),
-            "labels": datasets.Sequence(datasets.Value("int64"), length=2),
-            "vector": datasets.Sequence(datasets.Value("float32"), length=4),
-        }
-    )
-    rows = [
-        {"input_ids": [i, i], "completion_mask": [False, True], "labels": [-100, i], "vector": [0] * 4} for i in (1, 2)
-    ]
-    with caplog.at_level(logging.INFO, "padfree_patch.dataset"):
-        packed = pack_dataset(datasets.Dataset.from_list(rows, features=features), 4)
-    assert packed[0]["completion_mask"] == [False, True] * 2
-    assert packed[0]["labels"] == [-100, 1, -100, 2]
-    assert "vector" not in packed.column_names and "vector" in caplog.text
-
-
-@pytest.mark.parametrize(
     ("options", "message"),
     [({"num_replicas": 2, "rank": 2}, "rank 2 of num_replicas 2"), ({"num_replicas": 4}, "3 examples can't give 4")],
 )
@@ -189,97 +148,4 @@ def test_loader_makes_rows_within_the_budget():
     assert sum(int((row["position_ids"] == 0).sum()) for row in rows) == 100
 
 
-def dataset_of(lengths):
-    return datasets.Dataset.from_dict(
-        {
-            "input_ids": [[100 * i + j for j in range(n)] for i, n in enumerate(lengths)],
-            "labels": [[-(100 * i + j) for j in range(n)] for i, n in enumerate(lengths)],
-            "text": [str(n) for n in lengths],
-        }
-    )
-
-
-def examples_in(packed, name="input_ids"):
-    """Every example of a packed data set, in the order of its first token."""
-    found = []
-    for row in packed:
-        ends = np.cumsum(row["seq_lengths"])
-        found += [row[name][end - length : end] for end, length in zip(ends, row["seq_lengths"])]
-        restarts = [i for i, position in enumerate(row["position_ids"]) if position == 0]
-        assert restarts == [end - length for end, length in zip(ends, row["seq_lengths"])]
-    return sorted(found, key=lambda each: abs(each[0]))
-
-
-def test_packed_data_set_holds_every_example_whole():
-    lengths = [5, 3, 7, 2, 8, 1, 4]
-    data = dataset_of(lengths)
-    packed = pack_dataset(data, 8)
-    assert set(packed.column_names) == {"input_ids", "labels", *BOUNDARIES}
-    assert max(len(row) for row in packed["input_ids"]) <= 8
-    assert len(packed) == len(plan_packing(lengths, 8).rows)
-    assert examples_in(packed) == data["input_ids"][:]
-    assert examples_in(packed, "labels") == data["labels"][:]
-    selected = data.select([2, 4, 0])  # with Arrow's indices mapping
-    assert examples_in(pack_dataset(selected, 8)) == [data[i]["input_ids"] for i in (0, 2, 4)]
-
-
 BOUNDARIES = ("position_ids", "seq_idx", "attention_mask", "seq_lengths")
-
-
-@pytest.mark.parametrize("kept", [*((name,) for name in BOUNDARIES), BOUNDARIES])
-def test_collator_finds_the_examples_of_packed_rows_again(kept):
-    """A Trainer leaves the columns that its model's forward names."""
-    packed = pack_dataset(dataset_of([5, 3, 7, 2, 8, 1, 4]), 8).select_columns(["input_ids", "labels", *kept])
-    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)([packed[0], packed[1], packed[2]])
-    expected = [
-        n for row in plan_packing([5, 3, 7, 2, 8, 1, 4], 8).rows[:3] for n in (np.array([5, 3, 7, 2, 8, 1, 4])[row])
-    ]
-    assert list(batch["packed_sequences"].lengths) == expected
-    assert (batch["labels"] == -100).sum() == len(expected)
-
-
-@pytest.mark.parametrize("later", ["as it is", "shuffle", "select", "filter", "train_test_split"])
-def test_packed_rows_cannot_lose_where_their_examples_end(later):
-    packed = pack_dataset(dataset_of([5, 3, 7, 2, 8, 1, 4]), 8)
-    arguments = {"select": [[0, 2]], "filter": [lambda row: True], "train_test_split": [0.5]}
-    changed = packed if later == "as it is" else getattr(packed, later)(*arguments.get(later, []))
-    rows = changed["train"] if later == "train_test_split" else changed
-    with pytest.raises(PadfreeError, match="left would be input_ids, labels, and each row would be one text"):
-        rows.remove_columns(list(BOUNDARIES))
-    with pytest.raises(PadfreeError, match="pass remove_unused_columns=False, or apply"):
-        rows.select_columns(["input_ids"])
-    assert rows.remove_columns(list(BOUNDARIES[1:])).column_names == ["input_ids", "labels", "position_ids"]
-    assert rows.select_columns(["labels"]).column_names == ["labels"]  # the control: no tokens, so no text
-
-
-@pytest.mark.parametrize(
-    ("too_long", "expected", "logged"),
-    [
-        ("cut", [[0, 1, 2, 3], [100, 101]], "cut 1 of 2 examples, by 5 tokens"),
-        ("drop", [[100, 101]], "left out 1 of 2 examples, 9 tokens"),
-        ("split", [[0, 1, 2, 3], [4, 5, 6, 7], [8], [100, 101]], "split 1 of 2 examples into 3"),
-    ],
-)
-def test_too_long_examples_are_treated_as_asked_and_counted(caplog, too_long, expected, logged):
-    with caplog.at_level(logging.INFO, "padfree_patch.dataset"):
-        packed = pack_dataset(dataset_of([9, 2]), 4, too_long=too_long)
-    assert examples_in(packed) == expected
-    assert logged in caplog.text
-
-
-def test_data_that_cannot_be_packed_is_an_error():
-    data = dataset_of([9, 2])
-    with pytest.raises(PadfreeError, match="1 of 2 examples have more than 4 tokens, example 0 has 9"):
-        pack_dataset(data, 4)
-    with pytest.raises(PadfreeError, match="no column 'tokens' to pack by; the dataset has input_ids, labels, text"):
-        pack_dataset(data, 9, column="tokens")
-    with pytest.raises(PadfreeError, match="column 'text' holds no lists"):
-        pack_dataset(data, 9, column="text")
-    with pytest.raises(PadfreeError, match="too_long='wrap'"):
-        pack_dataset(data, 9, too_long="wrap")
-    with pytest.raises(PadfreeError, match="example 1 has 0 tokens"):
-        pack_dataset(dataset_of([9, 0]), 9)
-    with pytest.raises(PadfreeError, match="packed already"):
-        pack_dataset(pack_dataset(data, 9), 9)
-    with pytest.raises(PadfreeError, match="found IterableDataset"):
-        pack_dataset(data.to_iterable_dataset(), 9)
