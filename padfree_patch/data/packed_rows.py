@@ -7,11 +7,7 @@ from typing import Any
 import datasets
 
 from ..errors import PadfreeError
-
-BOUNDARIES = ("position_ids", "seq_idx", "attention_mask", "seq_lengths")
-"""Columns that say where the examples of a row end. A Trainer keeps those that the model's forward names: most name
-`position_ids`; PEFT's wrapper, which old Trainers ask, only `attention_mask`; a patched model without either `seq_idx`;
-TRL keeps `seq_lengths`. The collators read any of them."""
+from .boundary_columns import BOUNDARIES
 
 
 class PackedDataset(datasets.Dataset):  # type: ignore[misc, unused-ignore]

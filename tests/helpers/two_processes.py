@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from helpers.training import Stream, data, flattening, padding, trained, trainer_of
-from padfree_patch import DataCollatorWithFlattening, TokenBudgetBatchSampler, apply, pack_dataset
+from padfree_patch import (
+    DataCollatorWithFlattening,
+    PaddingFreeCallback,
+    TokenBudgetBatchSampler,
+    apply,
+    pack_dataset,
+)
+from padfree_patch.integrations.figures import FIGURES, Counts
 from padfree_patch.registry import registry
 from padfree_patch.testing import examples, tiny_model
 
@@ -95,6 +103,17 @@ def trained_by_tokens(folder):
     return list(trainer.model.parameters()), (trainer.state.global_step, 2 * len(sampler))
 
 
+def figures(folder):
+    """The callback's: of counts that are given, ten seconds after they began, and of a training."""
+    rank = dist.get_rank()
+    counts = Counts(time.perf_counter() - 10, tokens=100 * (rank + 1), rows=1 + rank, sequences=8, padded_tokens=1200)
+    trainer = trainer_of(apply(llama()), folder, flattening(), per_device_train_batch_size=2)
+    trainer.add_callback(PaddingFreeCallback(patience=2))
+    trainer.train()
+    logged = [{name: each[name] for name in FIGURES} for each in trainer.state.log_history if FIGURES[0] in each]
+    return counts.figures(torch.device("cpu")), logged
+
+
 def dispatching(flag):
     """Whether one process reads and deals out, under the version's name for it."""
     new = "accelerator_config" in {field.name for field in fields(TrainingArguments)}
@@ -131,6 +150,7 @@ def main(folder: Path) -> None:
     rows = pack_dataset(datasets.Dataset.from_list(data()), 24)
     one = {"per_device_train_batch_size": 1, "dataset": rows}
     found["rows"] = trained(llama(), folder / "rows", flattening(), patched=True, **one)
+    found["figures"] = figures(folder / "figures")
     apart = {**few, **dispatching(False), "dataset": Stream()}
     found["stream, padded"] = trained(llama(), folder / "stream", padding, patched=False, **apart)
     found["stream"] = trained(

@@ -62,34 +62,16 @@ class Tracker(TrainerCallback):
         self.seen.append(dict(logs))
 
 
-@pytest.mark.parametrize("attached", [True, False])
-def test_trackers_after_it_are_told(patched, tmp_path, attached):
-    tracker = Tracker()
-    trainer = trainer_of(patched, tmp_path, num_train_epochs=1, callbacks=[tracker])
-    if attached:
-        PaddingFreeCallback().attach(trainer)
-    else:  # the control: one that stands before it sees nothing
-        trainer.add_callback(PaddingFreeCallback())
+@pytest.mark.parametrize("how", ["callbacks", "add_callback", "attach"])
+def test_trackers_before_it_are_told_too(patched, tmp_path, how):
+    """The Trainer's own trackers come first."""
+    tracker, ours = Tracker(), PaddingFreeCallback()
+    trainer = trainer_of(patched, tmp_path, num_train_epochs=1, callbacks=[tracker] + [ours] * (how == "callbacks"))
+    if how != "callbacks":
+        ours.attach(trainer) if how == "attach" else trainer.add_callback(ours)
     trainer.train()
-    told = [set(each) >= FIGURES for each in tracker.seen if "loss" in each]
-    assert told == [attached] * 2
-
-
-@pytest.mark.parametrize("how", ["batch of one", "padding"])
-def test_a_run_that_is_not_packed_is_stopped(patched, tmp_path, how):
-    def padding(features):
-        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(each["input_ids"]) for each in features], True)
-        mask = (torch.arange(padded.shape[1]) < torch.tensor([[len(each["input_ids"])] for each in features])).long()
-        return {"input_ids": padded, "attention_mask": mask, "labels": padded.masked_fill(mask == 0, -100)}
-
-    options = {"batch_size": 1} if how == "batch of one" else {"collator": padding}
-    trainer = trainer_of(patched, tmp_path, max_steps=6, callbacks=[PaddingFreeCallback(patience=3)], **options)
-    with pytest.raises(PadfreeError, match="3 training steps, and no row held a second sequence"):
-        trainer.train()
-    trainer = trainer_of(patched, tmp_path, max_steps=6, callbacks=[PaddingFreeCallback(patience=0)], **options)
-    trainer.train()
-    (log, *_) = (each for each in trainer.state.log_history if "loss" in each)
-    assert log["sequences_per_row"] == 1 and (log["padding_saved"] > 0) == (how == "padding")
+    assert [set(each) >= FIGURES for each in tracker.seen if "loss" in each] == [True] * 2
+    assert trainer.callback_handler.callbacks.count(ours) == 1
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -88,6 +88,16 @@ def test_token_budget_gives_each_rank_its_batches(found):
         assert taken == planned > 4
 
 
+def test_figures_of_the_callback_are_those_of_the_run(found):
+    """Rank 0 counted 100 tokens in 10 seconds, rank 1 200."""
+    (counted, logged), (other, also_logged) = (rank["figures"] for rank in found)
+    assert counted == other and logged == also_logged and len(logged) == 3
+    assert counted["tokens_per_second"] == pytest.approx(30, rel=0.1)
+    assert counted["padding_saved"] == 1 - 300 / 2400
+    assert counted["sequences_per_row"] == round(16 / 3, 2)
+    assert all(each["sequences_per_row"] == 2 for each in logged)
+
+
 def test_batches_dealt_out_by_one_process_are_refused(both):
     """Rows of different lengths can't be put together to be dealt out: the error ends the run on both ranks."""
     assert both[1].returncode != 0
