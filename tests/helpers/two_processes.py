@@ -104,9 +104,10 @@ def trained_by_tokens(folder):
 
 
 def figures(folder):
-    """The callback's: of counts that are given, ten seconds after they began, and of a training."""
+    """The callback's: of counts that are given, a thousand seconds after they began, and of a training."""
     rank = dist.get_rank()
-    counts = Counts(time.perf_counter() - 10, tokens=100 * (rank + 1), rows=1 + rank, sequences=8, padded_tokens=1200)
+    began = time.perf_counter() - 1000
+    counts = Counts(began, tokens=10000 * (rank + 1), rows=1 + rank, sequences=8, padded_tokens=120000)
     trainer = trainer_of(apply(llama()), folder, flattening(), per_device_train_batch_size=2)
     trainer.add_callback(PaddingFreeCallback(patience=2))
     trainer.train()

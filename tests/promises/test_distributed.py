@@ -89,11 +89,11 @@ def test_token_budget_gives_each_rank_its_batches(found):
 
 
 def test_figures_of_the_callback_are_those_of_the_run(found):
-    """Rank 0 counted 100 tokens in 10 seconds, rank 1 200."""
+    """Rank 0 counted 10,000 tokens in 1000 seconds, rank 1 20,000."""
     (counted, logged), (other, also_logged) = (rank["figures"] for rank in found)
     assert counted == other and logged == also_logged and len(logged) == 3
     assert counted["tokens_per_second"] == pytest.approx(30, rel=0.1)
-    assert counted["padding_saved"] == 1 - 300 / 2400
+    assert counted["padding_saved"] == 1 - 30000 / 240000
     assert counted["sequences_per_row"] == round(16 / 3, 2)
     assert all(each["sequences_per_row"] == 2 for each in logged)
 
