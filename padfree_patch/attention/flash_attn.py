@@ -73,10 +73,11 @@ def check_int32_bound(sequences: PackedSequences, *, heads: int, head_dim: int) 
     overflow is a crash or wrong gradients, far from its cause (flash-attention issues 1500 and 1311).
     """
     padded_dim = -(-head_dim // 32) * 32
-    elements = (sequences.total + 128 * len(sequences)) * heads * padded_dim
+    count = sequences.kernel_cu_seqlens().numel() - 1  # len would wait for the device if only that knows the lengths
+    elements = (sequences.total + 128 * count) * heads * padded_dim
     if elements >= 2**31:
         raise PadfreeError(
-            f"flash_attn: {len(sequences)} sequences of {sequences.total} tokens with {heads} heads of size {head_dim} "
+            f"flash_attn: {count} sequences of {sequences.total} tokens with {heads} heads of size {head_dim} "
             f"need {elements} elements in the backward, more than int32 can index ({2**31}); "
             "put fewer sequences into a batch"
         )

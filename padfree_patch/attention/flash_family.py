@@ -61,12 +61,13 @@ def call_varlen_func(
         more["window_size"] = left_and_right(window)
     if softcap:
         more["softcap"] = softcap
+    cu_seqlens = sequences.kernel_cu_seqlens()
     return function(
         q,
         k,
         v,
-        cu_seqlens_q=sequences.cu_seqlens,
-        cu_seqlens_k=sequences.cu_seqlens,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
         max_seqlen_q=sequences.max_seqlen,
         max_seqlen_k=sequences.max_seqlen,
         softmax_scale=scale,

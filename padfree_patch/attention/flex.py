@@ -91,7 +91,7 @@ def block_mask(sequences: PackedSequences, window: int = 0) -> BlockMask:
     """Makes the `BlockMask` (1, 1, T, T) of causal attention inside each sequence, once for a `PackedSequences`."""
     key = f"flex block mask, window {window}"
     if key not in sequences.derived:
-        sequences.derived[key] = _block_mask(sequences.cu_seqlens, sequences.total, window)
+        sequences.derived[key] = _block_mask(sequences.kernel_cu_seqlens(), sequences.total, window)
     mask: BlockMask = sequences.derived[key]
     return mask
 

@@ -7,15 +7,26 @@ Letters: B rows in the batch, T tokens in a row. A boundary is where a position 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import PadfreeError
+from .host import Values, check_whole, host_pair, host_values
 
-Values = np.ndarray[Any, np.dtype[Any]]
+_REMEDY = "give whole positions as integers, or say by lengths or segment numbers where examples end"
+
+
+@dataclasses.dataclass(frozen=True)
+class Jump:
+    """A place where positions jump ahead and nothing else says whether an example ends there. It is read as an end."""
+
+    row: int
+    token: int
+    """The last one before the jump."""
+    before: int
+    after: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,66 +35,85 @@ class Reading:
 
     lengths: list[int]
     """Tokens per sequence."""
-    positions_suffice: bool
-    """Whether the positions alone show every boundary; those of padding may not."""
+    jump: Jump | None = None
+    """The first place that could be read in two ways."""
+    steps_by_one: bool | None = True
+    """Whether each position of a real token is the one before plus one, except where a sequence begins; None: unknown.
+    """
 
 
 def read_tensors(position_ids: Tensor | None, mask: Tensor | None, *, left_padded: bool = False) -> Reading | None:
     """Returns the sequences of a batch, or None if it is an ordinary one. One device sync in all.
 
     Args:
-        position_ids: (B, T) or None.
+        position_ids: (B, T) or None, whole numbers of any dtype, unless segment numbers say where sequences end.
         mask: (B, T), 0/1 or segment numbers, or None; at least one of the two is given.
         left_padded: equal positions at the start of a row are padding, which no mask shows.
 
-    Raises PadfreeError if positions and mask contradict each other.
+    Raises PadfreeError if positions and mask contradict each other, or hold what their dtype can't say.
     """
     if position_ids is None:
         assert mask is not None
         segments = host_values(mask)
-        return Reading(_run_lengths(_segment_changes(segments)), False) if segments.max() > 1 else None
+        if not segments.max() > 1:
+            return None
+        return Reading(_run_lengths(_segment_changes(check_whole(segments, mask.dtype, "attention_mask"))))
     if mask is None:
-        positions = host_values(position_ids)
-        breaks = _breaks(positions)
-        if left_padded:
-            leading = np.logical_and.accumulate(positions[:, 1:] == positions[:, :-1], axis=1)
-            after = np.concatenate((np.zeros((len(leading), 1), bool), leading[:, :-1]), axis=1)  # to the first text
-            if not (breaks & ~leading & ~after).any():
-                return None
-        return Reading(_run_lengths(breaks), True) if breaks.any() else None
-    positions, segments = host_values(torch.stack([position_ids.long(), mask.long()]))
-    breaks = _breaks(positions)
+        return _read_positions(_whole_positions(host_values(position_ids), position_ids.dtype), left_padded=left_padded)
+    positions, segments = host_pair(position_ids, mask)
     if segments.max() > 1:
-        lengths: list[int] | None = _agreed_segments(breaks, segments)
-    else:
-        lengths = _padded_packing(positions, breaks, segments != 0)
-    return None if lengths is None else Reading(lengths, lengths == _run_lengths(breaks))
+        return _read_segments(positions, check_whole(segments, mask.dtype, "attention_mask"))
+    return _read_padded(_whole_positions(positions, position_ids.dtype), segments)
 
 
 def lengths_of_positions(position_ids: Tensor) -> list[int]:
     """Returns tokens per sequence from positions (T,) or (B, T). One device sync."""
-    return _run_lengths(_breaks(_rows(host_values(position_ids), "position_ids")))
+    return _run_lengths(_breaks(_whole_positions(_rows(position_ids, "position_ids"), position_ids.dtype)))
 
 
 def lengths_of_mask(attention_mask: Tensor) -> list[int]:
     """Returns tokens per sequence from a mask (T,) or (B, T) of 0/1 or segment numbers. One device sync."""
-    return _run_lengths(_segment_changes(_rows(host_values(attention_mask), "attention_mask")))
+    segments = check_whole(_rows(attention_mask, "attention_mask"), attention_mask.dtype, "attention_mask")
+    return _run_lengths(_segment_changes(segments))
 
 
 def lengths_of_segments(seq_idx: Tensor) -> list[int]:
     """Returns tokens per sequence from the number (B, T) of the sequence of each token, from 0 on. One device sync."""
-    return _run_lengths(_segment_changes(_rows(host_values(seq_idx), "seq_idx") + 1))
+    if seq_idx.dtype == torch.bool:
+        raise PadfreeError("seq_idx must be integers, found bool, which can number two sequences only")
+    segments = check_whole(_rows(seq_idx, "seq_idx"), seq_idx.dtype, "seq_idx")
+    return _run_lengths(_segment_changes(segments + 1, "seq_idx"))
 
 
-def host_values(tensor: Tensor) -> Values:
-    """Returns the values on the host. Only here does the library read a caller's tensor, so here is its one sync."""
-    return tensor.detach().cpu().numpy()
-
-
-def _rows(values: Values, what: str) -> Values:
-    if values.ndim > 2 or values.size == 0:
-        raise PadfreeError(f"{what} must be (T,) or (B, T) with at least one token, found {values.shape}")
+def _rows(tensor: Tensor, what: str) -> Values:
+    if not isinstance(tensor, Tensor):
+        raise PadfreeError(f"{what} must be a tensor (T,) or (B, T), found {type(tensor).__name__}")
+    if tensor.dim() > 2 or tensor.numel() == 0:
+        raise PadfreeError(f"{what} must be (T,) or (B, T) with at least one token, found {tuple(tensor.shape)}")
+    values = host_values(tensor)
     return values.reshape(1, -1) if values.ndim < 2 else values
+
+
+def _whole_positions(values: Values, dtype: torch.dtype) -> Values:
+    """Returns int64 positions (B, T), which came from a tensor of that dtype.
+
+    Raises PadfreeError if the dtype may not have been able to hold them.
+    """
+    positions = check_whole(values, dtype, "position_ids", _REMEDY)
+    if dtype.is_floating_point:
+        return positions
+    kind = str(dtype).removeprefix("torch.")
+    if dtype == torch.bool:
+        raise PadfreeError(f"position_ids must be integers, found {kind}")
+    limits = torch.iinfo(dtype)
+    wraps = np.argwhere((positions[:, :-1] == limits.max) & (positions[:, 1:] == limits.min))
+    if len(wraps):
+        row, token = (int(i) for i in wraps[0])
+        raise PadfreeError(
+            f"position_ids go from {limits.max} to {limits.min} in row {row} after token {token}: {kind} can't hold "
+            "the next number, so this may be the end of an example or not; give them as int64"
+        )
+    return positions
 
 
 def _breaks(positions: Values) -> Values:
@@ -91,11 +121,31 @@ def _breaks(positions: Values) -> Values:
     return positions[:, 1:] != positions[:, :-1] + 1
 
 
-def _segment_changes(segments: Values) -> Values:
+def _first_jump(positions: Values, breaks: Values) -> Jump | None:
+    """Returns the first of the breaks (B, T - 1) at which positions jump ahead."""
+    ahead = np.argwhere(breaks & (positions[:, 1:] > positions[:, :-1]))
+    if not len(ahead):
+        return None
+    row, token = (int(i) for i in ahead[0])
+    return Jump(row, token, int(positions[row, token]), int(positions[row, token + 1]))
+
+
+def _read_positions(positions: Values, *, left_padded: bool) -> Reading | None:
+    breaks = told = _breaks(positions)
+    if left_padded:
+        leading = np.logical_and.accumulate(positions[:, 1:] == positions[:, :-1], axis=1)
+        after = np.concatenate((np.zeros((len(leading), 1), bool), leading[:, :-1]), axis=1)  # to the first text
+        told = breaks & ~leading & ~after
+    return Reading(_run_lengths(breaks), _first_jump(positions, told)) if told.any() else None
+
+
+def _segment_changes(segments: Values, name: str = "attention_mask") -> Values:
     """Returns bool (B, T - 1): whether the next token has another segment number.
 
-    Raises PadfreeError if a number comes back after another one.
+    Raises PadfreeError if a number is negative, or comes back after another one.
     """
+    if (lowest := segments.min()) < 0:
+        raise PadfreeError(f"{name} holds {lowest}; the numbers of padding and of segments start at 0")
     changes = segments[:, 1:] != segments[:, :-1]
     if segments.max() <= 1:  # a 0/1 mask: nothing to come back
         return changes
@@ -103,7 +153,7 @@ def _segment_changes(segments: Values) -> Values:
         numbers = row[np.concatenate(([True], changed))]
         numbers = numbers[numbers != 0]
         if len(numbers) > len(set(numbers.tolist())):
-            raise PadfreeError(f"attention_mask: a segment number comes back after another one in {_shown(row)}")
+            raise PadfreeError(f"{name}: a segment number comes back after another one in {_shown(row)}")
     return changes
 
 
@@ -113,11 +163,13 @@ def _run_lengths(breaks: Values) -> list[int]:
     return np.diff(np.append(np.flatnonzero(begins), begins.size)).tolist()
 
 
-def _agreed_segments(breaks: Values, segments: Values) -> list[int]:
-    """Returns lengths from segment numbers. Positions of real tokens must break where the number changes."""
+def _read_segments(positions: Values, segments: Values) -> Reading:
+    """Reads segment numbers. The positions of real tokens must go up inside a segment, and break where it ends."""
     changes = _segment_changes(segments)
     both_real = (segments[:, 1:] > 0) & (segments[:, :-1] > 0)
-    wrong = (changes != breaks) & both_real
+    breaks = _breaks(positions)
+    goes_up = positions[:, 1:] > positions[:, :-1]  # by more than one too: the segment numbers decide
+    wrong = np.where(changes, ~breaks, ~goes_up) & both_real
     if wrong.any():
         row, token = (int(i) for i in np.argwhere(wrong)[0])
         raise PadfreeError(
@@ -125,16 +177,15 @@ def _agreed_segments(breaks: Values, segments: Values) -> list[int]:
             f"segments {segments[row, token]}, {segments[row, token + 1]}, but the position "
             f"{'restarts' if breaks[row, token] else 'goes on'} there"
         )
-    return _run_lengths(changes)
+    return Reading(_run_lengths(changes), steps_by_one=not (breaks & ~changes & both_real).any())
 
 
-def _padded_packing(positions: Values, breaks: Values, real: Values) -> list[int] | None:
-    """Returns lengths from positions and a 0/1 mask, or None if no real token restarts.
-
-    Each stretch of padding is one sequence.
+def _read_padded(positions: Values, mask: Values) -> Reading | None:
+    """Reads positions and a 0/1 mask; None if no real token restarts. Each stretch of padding is one sequence.
 
     The left-padded rows of generate (positions 1,1,0,1,2 with mask 0,0,1,1,1) restart only in the padding: ordinary.
     """
+    breaks, real = _breaks(positions), mask != 0
     packed = False
     holes: list[tuple[int, int]] = []
     for row, (position, is_real) in enumerate(zip(positions, real)):
@@ -145,14 +196,27 @@ def _padded_packing(positions: Values, breaks: Values, real: Values) -> list[int
         holes += [(row, int(tokens[i])) for i in np.flatnonzero(goes_on & (gap > 1))]
     if not packed:
         return None
+    _check_padding(mask, holes)
+    real_change, both_real = real[:, 1:] != real[:, :-1], real[:, 1:] & real[:, :-1]
+    lengths = _run_lengths((breaks & both_real) | real_change)
+    return Reading(lengths, _first_jump(positions, breaks & both_real))
+
+
+def _check_padding(mask: Values, holes: list[tuple[int, int]]) -> None:
+    """Raises PadfreeError unless the 0/1 mask of a packed batch shows padding, and that outside all sequences."""
+    odd = np.argwhere((mask != 0) & (mask != 1))
+    if len(odd):
+        row, token = (int(i) for i in odd[0])
+        raise PadfreeError(
+            f"attention_mask of a packed batch: {mask[row, token]:g} (row {row}, token {token}); it must be 0 for "
+            "padding and 1 for tokens, or hold segment numbers from 1 on"
+        )
     if holes:
         row, token = holes[0]
         raise PadfreeError(
             f"attention_mask has a 0 inside a sequence of a packed batch: row {row}, after token {token}, "
             "where the positions go on; padding can only stand before or after a sequence"
         )
-    padding = ~(real[:, 1:] | real[:, :-1])
-    return _run_lengths((breaks & ~padding) | (real[:, 1:] != real[:, :-1]))
 
 
 def _shown(values: Values, most: int = 16) -> str:

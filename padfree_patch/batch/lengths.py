@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import PadfreeError
-from .boundaries import lengths_of_segments
+from .boundaries import lengths_of_positions, lengths_of_segments
+from .host import check_on_device
 from .sequences import PackedSequences
 
 LENGTH_ARGUMENTS = ("packed_sequences", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -32,25 +34,60 @@ def sequences_of(lengths: Lengths, shape: tuple[int, int], device: torch.device)
 
     Raises PadfreeError if they contradict each other or the shape.
     """
-    longest = {name: int(lengths[name]) for name in ("max_length_q", "max_length_k") if name in lengths}
-    first, sequences = _first_form(lengths, next(iter(longest.values()), None), shape[0] * shape[1], device)
+    longest = {name: _whole_number(name, lengths[name]) for name in ("max_length_q", "max_length_k") if name in lengths}
+    seq_idx = _checked_seq_idx(lengths["seq_idx"], shape) if "seq_idx" in lengths else None
+    first, sequences = _first_form(lengths, seq_idx, min(longest.values(), default=None), shape, device)
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         if name in lengths and name != first:
             _check_cu_seqlens(first, sequences, name, lengths[name])
-    if "seq_idx" in lengths and first != "seq_idx":
-        seq_idx = lengths["seq_idx"].to(device)
-        changes = begins_of(seq_idx, lambda now, before: now != before)
-        message = f"{first} and seq_idx disagree"
-        check_equal(agrees(changes, sequences), message, lambda: tuple(lengths_of_segments(seq_idx)), sequences)
+    if seq_idx is not None and first != "seq_idx":
+        _check_seq_idx(first, sequences, seq_idx, shape)
     for name, value in longest.items():
-        if value != sequences.max_seqlen:
+        if value < sequences.max_seqlen:
             raise PadfreeError(f"{name} is {value}, but the longest sequence has {sequences.max_seqlen} tokens")
     _check_rows(shape, sequences)
     return sequences
 
 
-def _first_form(lengths: Lengths, longest: int | None, total: int, device: torch.device) -> tuple[str, PackedSequences]:
+def begins_of(sequences: PackedSequences, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Returns bool (B, T) on a device, True where a sequence begins. No device sync."""
+    begins = torch.zeros(shape[0] * shape[1], dtype=torch.bool, device=device)
+    return begins.index_fill_(0, sequences.begins().to(device), True).view(shape)
+
+
+def agrees(positions: Tensor, sequences: PackedSequences) -> Tensor:
+    """Returns bool (): whether positions go up inside each sequence, by any step, and break where one begins.
+
+    Without a device sync.
+
+    Args:
+        positions: (B, T), of any dtype.
+        sequences: with B * T tokens, of which every row begins one.
+    """
+    if positions.is_floating_point():
+        values = positions.float() if positions.dtype.itemsize < 4 else positions
+    else:
+        values = positions.long()  # small integers would wrap
+    begins = begins_of(sequences, (values.shape[0], values.shape[1]), values.device)
+    now, before = values[:, 1:], values[:, :-1]
+    return torch.where(begins[:, 1:], now != before + 1, now > before).all()
+
+
+def check_positions(positions: Tensor, sequences: PackedSequences) -> None:
+    """Raises PadfreeError unless positions (B, T) agree with the sequences. Without a device sync."""
+    message = (
+        "position_ids and the given lengths disagree on where sequences begin; leave one of the two out, or let "
+        "the positions restart where a sequence begins"
+    )
+    good = agrees(positions, sequences)
+    check_on_device(good, message, lambda: f"({tuple(lengths_of_positions(positions))} against {sequences.lengths})")
+
+
+def _first_form(
+    lengths: Lengths, seq_idx: Tensor | None, longest: int | None, shape: tuple[int, int], device: torch.device
+) -> tuple[str, PackedSequences]:
     """Returns the first form that says where sequences end, by name; the others are compared with it."""
+    total = shape[0] * shape[1]
     if "packed_sequences" in lengths:
         return "packed_sequences", _checked(lengths["packed_sequences"], total).to(device)
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
@@ -58,48 +95,16 @@ def _first_form(lengths: Lengths, longest: int | None, total: int, device: torch
             _check_whole(name, lengths[name])
             found = PackedSequences.from_cu_seqlens(lengths[name], max_seqlen=longest, total=total, device=device)
             return name, found
-    if "seq_idx" in lengths:
-        found = PackedSequences.from_lengths(lengths_of_segments(lengths["seq_idx"]), device=device, total=total)
-        return "seq_idx", found
+    if seq_idx is not None:
+        return "seq_idx", PackedSequences.from_lengths(lengths_of_segments(seq_idx), device=device, total=total)
     raise PadfreeError(f"{', '.join(lengths)} without cu_seq_lens_q: a maximum does not say where sequences end")
 
 
-def begins_of(values: Tensor, begins: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Returns bool (B, T): True at the start of every row and where `begins(value, the one before)`. Reads nothing."""
-    first = torch.ones_like(values[:, :1], dtype=torch.bool)
-    return torch.cat([first, begins(values[:, 1:], values[:, :-1])], dim=1)
-
-
-def agrees(positions_or_begins: Tensor, sequences: PackedSequences) -> Tensor:
-    """Returns a bool of one element: whether `sequences` begin exactly where the tensor says. Reads nothing.
-
-    Args:
-        positions_or_begins: positions (B, T), which restart where a sequence begins, or bool (B, T), True there.
-        sequences: with B * T tokens.
-    """
-    begins = positions_or_begins
-    if begins.dtype != torch.bool:
-        begins = begins_of(begins, lambda now, before: now != before + 1)
-    expected = torch.zeros(begins.numel(), dtype=torch.bool, device=begins.device)
-    return (begins.reshape(-1) == expected.index_fill_(0, sequences.cu_seqlens[:-1].long(), True)).all()
-
-
-def check_equal(good: Tensor, message: str, other: Callable[[], tuple[int, ...]], sequences: PackedSequences) -> None:
-    """Raises PadfreeError with both sides unless `good`, a bool tensor of one element, is true.
-
-    The device checks it without a sync, and on CUDA the error is the device's own; on the CPU it is checked here.
-
-    Args:
-        good: whether `sequences` and the other side agree.
-        message: what disagrees.
-        other: the lengths on the other side; called only if they disagree.
-        sequences: one side.
-    """
+def _whole_number(name: str, value: object) -> int:
     try:
-        torch._assert_async(good, message)
-    except RuntimeError as error:
-        if (found := other()) != sequences.lengths:  # or the device can't assert
-            raise PadfreeError(f"{message} ({found} against {sequences.lengths})") from error
+        return operator.index(value)  # type: ignore[arg-type]  # whatever the caller gave
+    except TypeError as error:
+        raise PadfreeError(f"{name} must be an integer, found {str(value)[:80]}") from error
 
 
 def _checked(packed: object, total: int) -> PackedSequences:
@@ -110,19 +115,34 @@ def _checked(packed: object, total: int) -> PackedSequences:
     return packed
 
 
+def _checked_seq_idx(seq_idx: object, shape: tuple[int, int]) -> Tensor:
+    if not isinstance(seq_idx, Tensor):
+        raise PadfreeError(f"seq_idx must be a tensor {shape}, found {type(seq_idx).__name__}")
+    if tuple(seq_idx.shape) not in (shape, shape[1:] if shape[0] == 1 else shape):
+        raise PadfreeError(f"seq_idx has shape {tuple(seq_idx.shape)}, but the tokens have {shape}")
+    return seq_idx.reshape(shape)
+
+
+def _check_seq_idx(first: str, sequences: PackedSequences, seq_idx: Tensor, shape: tuple[int, int]) -> None:
+    changes = seq_idx[:, 1:] != seq_idx[:, :-1]
+    good = (changes == begins_of(sequences, shape, seq_idx.device)[:, 1:]).all()
+    message = f"{first} and seq_idx disagree"
+    check_on_device(good, message, lambda: f"({sequences.lengths} against {tuple(lengths_of_segments(seq_idx))})")
+
+
 def _check_cu_seqlens(first: str, sequences: PackedSequences, name: str, cu_seqlens: Any) -> None:
     """Raises PadfreeError unless cumulative lengths say what `sequences`, read from `first`, say."""
     _check_whole(name, cu_seqlens)
-    same = torch.as_tensor(cu_seqlens).reshape(-1).to(sequences.cu_seqlens.device)
-    if same.shape != sequences.cu_seqlens.shape:
-        raise PadfreeError(f"{first} holds {len(sequences)} sequences, {name} {same.numel() - 1}")
-    good = (same == sequences.cu_seqlens).all()
-    check_equal(good, f"{first} and {name} disagree", lambda: tuple(same.diff().tolist()), sequences)
+    on_device = isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type != "cpu"
+    longest = sequences.max_seqlen if on_device else None  # known, nothing has to be read there
+    other = PackedSequences.from_cu_seqlens(cu_seqlens, max_seqlen=longest, total=sequences.total)
+    message = f"{first} and {name} disagree"
+    check_on_device(sequences.agrees_with(other), message, lambda: f"({sequences.lengths} against {other.lengths})")
 
 
 def _check_whole(name: str, cu_seqlens: Any) -> None:
     """Raises PadfreeError for lengths that a loader took for a tensor with a batch dimension."""
-    if torch.as_tensor(cu_seqlens).numel() == 1:
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.numel() == 1:
         raise PadfreeError(
             f"{name} has a single value: a loader cut it like a batch, as accelerate's does when it deals batches out "
             "(its default for an IterableDataset). Pass the Trainer accelerator_config={'dispatch_batches': False} "

@@ -4,6 +4,9 @@ What reaches a layer says it all: the tensor that stands for the attention mask 
 cache saves reading them again, with the device sync that this may cost. A context set around the model's forward would
 not do: it is gone when gradient checkpointing recomputes a layer in the backward, and wrong when a second batch went
 forward before the first one's backward. A miss costs time, never a wrong result.
+
+Only tensors of our own are found again. The caller's may change without a trace, through numpy, `.data`, dlpack or a
+collective operation, so they are read in every forward.
 """
 
 from __future__ import annotations
@@ -11,19 +14,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import versions
 from ..errors import PadfreeError
-from .boundaries import Reading, read_tensors
-from .cache import MISSING, LastUsed, callers_key, own_key
-from .lengths import Lengths, agrees, check_equal, sequences_of
+from .arguments import check_no_segments, checked_positions, is_unreadable, mask_of_tokens, mask_refused
+from .boundaries import Jump, Reading, read_tensors
+from .cache import MISSING, LastUsed, own_key
+from .host import host_values, is_whole, values_on_cpu
+from .lengths import Lengths, begins_of, check_positions, sequences_of
 from .sequences import PackedSequences
+from .square_mask import is_block_causal
 
-known_batches: LastUsed[PackedBatch | None] = LastUsed()
-"""The batches of the newest forwards; None for one that is ordinary."""
+known_batches: LastUsed[PackedBatch] = LastUsed()
+"""The batches of the newest forwards."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +38,14 @@ class PackedBatch:
 
     sequences: PackedSequences
     position_ids: Tensor
-    """int64 (B, T), a tensor of our own that nobody else changes; it restarts wherever a sequence begins."""
+    """(B, T), a tensor of our own that nobody else changes: the caller's positions, or 0, 1, 2, ... in each sequence.
+
+    int64; if fractional positions came beside lengths or segment numbers, they stay as they are.
+    """
+    steps_by_one: bool | None = None
+    """Whether positions go up by one inside each sequence; None if only the device knows."""
+    jump: Jump | None = None
+    """Where the positions could be read in another way too."""
 
     @functools.cached_property
     def boundaries(self) -> Tensor:
@@ -49,8 +62,11 @@ class PackedBatch:
 
     @functools.cached_property
     def positions_from_zero(self) -> Tensor:
-        """int64 (B, T): position_ids as if every sequence began at 0."""
-        return self.sequences.position_ids().view(self.position_ids.shape)
+        """int64 (B, T): position_ids as if every sequence began at 0. Those of padding may be anything from 0 on."""
+        flat, begins = self.position_ids.reshape(-1), self.sequences.begins()
+        lengths = self.sequences.kernel_cu_seqlens().diff()
+        first = torch.repeat_interleave(flat[begins], lengths, output_size=self.sequences.total)
+        return (flat - first).clamp(min=0).view(self.position_ids.shape)
 
     @functools.cached_property
     def last_lengths(self) -> list[int]:
@@ -65,7 +81,7 @@ class PackedBatch:
     @functools.cached_property
     def last_positions(self) -> list[int]:
         """The last position of each sequence. One device sync, once per batch."""
-        ends = self.sequences.cu_seqlens[1:].long() - 1
+        ends = self.sequences.ends()[: len(self.sequences)]
         return self.position_ids.reshape(-1)[ends].tolist()
 
 
@@ -91,20 +107,22 @@ def read_batch(
     Raises PadfreeError if what was given contradicts itself or the shape. Reads the device once; not at all with
     lengths from our collator, nor if there is neither a position nor an integer mask.
     """
-    positions = _checked_positions(position_ids, shape)
-    mask = _mask_of_tokens(attention_mask, shape, generating)
-    if any(tensor is not None and _unreadable(tensor) for tensor in (positions, mask)):
+    if is_unreadable(position_ids) or (isinstance(attention_mask, Tensor) and is_unreadable(attention_mask)):
         return None  # traced on fake tensors: there are no values, and so no examples
+    if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
+        return _beside_own_mask(shape, device, position_ids, attention_mask, lengths)
+    positions = checked_positions(position_ids, shape)
+    mask = mask_of_tokens(attention_mask, shape, generating)
     other_mask = mask is None and attention_mask is not None
     if lengths:
         batch = _from_lengths(shape, device, positions, mask, lengths)
     elif positions is None and (mask is None or mask.dtype == torch.bool):
-        _check_no_segments(attention_mask, mask, shape)
+        check_no_segments(attention_mask, mask, shape)
         return None  # nothing here could tell one example from the next
     else:
         batch = _from_tensors(shape, device, positions, mask, left_padded=generating or other_mask)
     if batch is not None and other_mask:
-        raise _mask_refused(attention_mask, shape)
+        raise mask_refused(attention_mask, shape)
     return batch
 
 
@@ -122,7 +140,7 @@ def batch_at_layer(
     known = known_batches.find(own_key(boundaries))
     if known is MISSING and position_ids is not None:
         known = known_batches.find(own_key(position_ids))
-    if known is MISSING or known is None:
+    if known is MISSING:
         cu_seqlens = torch.unique_consecutive(boundaries) - boundaries[0]
         sequences = PackedSequences.from_cu_seqlens(cu_seqlens, total=shape[0] * shape[1], device=device)
         if position_ids is None or tuple(position_ids.shape) != shape:
@@ -136,15 +154,10 @@ def batch_at_layer(
 def _from_tensors(
     shape: tuple[int, int], device: torch.device, positions: Tensor | None, mask: Tensor | None, *, left_padded: bool
 ) -> PackedBatch | None:
-    """Reads positions, a mask or both, or finds what was read of them before."""
+    """Reads positions, a mask or both, or finds what was read of them in this forward."""
     if positions is not None and isinstance(ours := known_batches.find(own_key(positions)), PackedBatch):
         return ours  # the head of the model has read them
-    key = callers_key(positions), callers_key(mask), left_padded
-    known = known_batches.find(key)
-    if known is MISSING:
-        found = read_tensors(positions, mask, left_padded=left_padded)
-        known = known_batches.keep(key, _packed(found, positions, shape, device), (positions, mask))
-    return known
+    return _packed(read_tensors(positions, mask, left_padded=left_padded), positions, shape, device)
 
 
 def _from_lengths(
@@ -152,18 +165,64 @@ def _from_lengths(
 ) -> PackedBatch | None:
     sequences = sequences_of(lengths, shape, device)
     if positions is not None:
-        check_equal(
-            agrees(positions, sequences),
-            "position_ids and the given lengths disagree on where sequences begin; leave one of the two out, or let "
-            "the positions restart where a sequence begins",
-            lambda: PackedSequences.from_position_ids(positions).lengths,
-            sequences,
-        )
+        check_positions(positions, sequences)
     if mask is not None:  # its padding, or its segments, are read beside the lengths
-        return _packed(read_tensors(sequences.position_ids().view(shape), mask), None, shape, device)
-    if len(sequences) == shape[0] and sequences.max_seqlen == shape[1]:
-        return None  # every row is one sequence
-    return _kept(sequences, positions, shape)
+        found = read_tensors(sequences.position_ids().view(shape), mask)
+        return _packed(found and dataclasses.replace(found, steps_by_one=None), positions, shape, device)
+    one_per_row = sequences.kernel_cu_seqlens().numel() == shape[0] + 1 and sequences.max_seqlen == shape[1]
+    steps_by_one = _steps_by_one(positions, sequences, certainly=one_per_row)
+    if one_per_row and steps_by_one:
+        return None  # a row whose positions jump upstream could take for several
+    return _kept(sequences, positions, shape, steps_by_one=steps_by_one)
+
+
+def _steps_by_one(positions: Tensor | None, sequences: PackedSequences, *, certainly: bool) -> bool | None:
+    """Returns whether positions go up by one inside each sequence.
+
+    None if that would cost a device sync, unless it must be known `certainly`.
+    """
+    if positions is None:
+        return True
+    values = values_on_cpu(positions)
+    if values is None and not certainly:
+        return None
+    steps = np.diff((host_values(positions) if values is None else values).reshape(-1))
+    ends = np.cumsum(sequences.lengths)[:-1] - 1
+    return bool((np.delete(steps, ends) == 1).all())
+
+
+def _beside_own_mask(
+    shape: tuple[int, int], device: torch.device, positions: Tensor | None, mask: object, lengths: Lengths
+) -> PackedBatch | None:
+    """Returns the sequences of a batch whose mask is no 2-D one, or None: then the mask isolates what is in it.
+
+    The batch is packed if the mask hides just what the lengths, or the positions, say that it must.
+    """
+    if lengths:
+        batch = _from_lengths(shape, device, checked_positions(positions, shape), None, lengths)
+        if batch is None or _hides_the_others(mask, batch.sequences, shape, several=False):
+            return batch
+        raise mask_refused(mask, shape)
+    if not isinstance(mask, Tensor) or positions is None or tuple(positions.shape) not in (shape, (1, shape[1])):
+        return None
+    positions = positions.expand(shape)
+    try:
+        found = read_tensors(positions, None)
+    except PadfreeError:  # positions that upstream may know what to do with
+        return None
+    if found is None:
+        return None
+    sequences = PackedSequences.from_lengths(found.lengths, device=device)
+    if not _hides_the_others(mask, sequences, shape, several=True):
+        return None
+    return _packed(dataclasses.replace(found, jump=None), positions, shape, device)
+
+
+def _hides_the_others(mask: object, sequences: PackedSequences, shape: tuple[int, int], *, several: bool) -> bool:
+    """Whether a mask says the same as the sequences."""
+    if not isinstance(mask, Tensor):
+        return False
+    return is_block_causal(mask, begins_of(sequences, shape, mask.device), several=several)
 
 
 def _packed(
@@ -172,51 +231,28 @@ def _packed(
     if found is None:
         return None
     sequences = PackedSequences.from_lengths(found.lengths, device=device)
-    return _kept(sequences, positions if found.positions_suffice else None, shape)
+    return _kept(sequences, positions, shape, steps_by_one=found.steps_by_one, jump=found.jump)
 
 
-def _kept(sequences: PackedSequences, positions: Tensor | None, shape: tuple[int, int]) -> PackedBatch:
+def _kept(
+    sequences: PackedSequences,
+    positions: Tensor | None,
+    shape: tuple[int, int],
+    *,
+    steps_by_one: bool | None,
+    jump: Jump | None = None,
+) -> PackedBatch:
     """Returns a batch with tensors of its own, by which the decoder and the layers find it again without a sync."""
     with torch.inference_mode(False):  # inference tensors have no version counter
-        own = sequences.position_ids() if positions is None else positions.to(torch.int64, copy=True)
-        batch = PackedBatch(sequences, own.reshape(shape))
+        own = sequences.position_ids() if positions is None else _copied(positions)
+        batch = PackedBatch(sequences, own.reshape(shape), steps_by_one, jump)
     for tensor in (batch.position_ids, batch.boundaries):
         known_batches.keep(own_key(tensor), batch, tensor)
     return batch
 
 
-def _checked_positions(position_ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-    if position_ids is None or tuple(position_ids.shape) == shape:
-        return position_ids
-    if tuple(position_ids.shape) == (1, shape[1]):  # upstream broadcasts them over the rows
-        return position_ids.expand(shape)
-    raise PadfreeError(f"position_ids have shape {tuple(position_ids.shape)}, but the tokens have {shape}")
-
-
-def _mask_of_tokens(attention_mask: object, shape: tuple[int, int], generating: bool) -> Tensor | None:
-    """Returns the part of a 2-D mask that is about the tokens of this call, or None if there is none."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.shape[0] != shape[0]:
-        return None
-    if generating and attention_mask.shape[1] > shape[1]:  # it begins with what is in the cache
-        return attention_mask[:, -shape[1] :]
-    return attention_mask if attention_mask.shape[1] == shape[1] else None
-
-
-def _check_no_segments(attention_mask: object, mask: Tensor | None, shape: tuple[int, int]) -> None:
-    """Raises PadfreeError if a mask of another shape holds segment numbers: they can't be meant for these tokens."""
-    if not isinstance(attention_mask, Tensor) or mask is not None or attention_mask.dim() != 2:
-        return
-    if attention_mask.dtype != torch.bool and not _unreadable(attention_mask) and attention_mask.max() > 1:
-        raise PadfreeError(f"attention_mask holds segment numbers of shape {tuple(attention_mask.shape)} for {shape}")
-
-
-def _mask_refused(attention_mask: object, shape: tuple[int, int]) -> PadfreeError:
-    found = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-    return PadfreeError(
-        f"the batch is packed, but its attention_mask is {found} instead of {shape}; leave the mask out, "
-        "because what says where the sequences end says it all"
-    )
-
-
-def _unreadable(tensor: Tensor) -> bool:
-    return tensor.device.type == "meta" or isinstance(tensor, FakeTensor)
+def _copied(positions: Tensor) -> Tensor:
+    """Returns int64 positions of our own; fractional ones as they are, and floating ones that only the device knows."""
+    if positions.is_floating_point() and ((known := values_on_cpu(positions)) is None or not is_whole(known)):
+        return positions.clone()
+    return positions.to(torch.int64, copy=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,50 +11,107 @@ import torch
 from torch import Tensor
 
 from ..errors import PadfreeError
-from .boundaries import host_values, lengths_of_mask, lengths_of_positions
+from .boundaries import lengths_of_mask, lengths_of_positions
+from .host import Values, check_on_device, host_values, values_on_cpu
+
+_MOST_TOKENS = 2**31 - 1
+"""What int32 cumulative lengths, which all kernels take, can count."""
 
 
 class PackedSequences:
     """Where the sequences of a packed batch begin and end, counted over its B * T tokens row after row.
+
+    Checked when it is made; nothing can change it afterwards.
 
     >>> packed = PackedSequences.from_lengths([2, 4, 3])
     >>> packed.cu_seqlens.tolist(), packed.max_seqlen, packed.total
     ([0, 2, 6, 9], 4, 9)
     """
 
-    __slots__ = ("_lengths", "cu_seqlens", "derived", "max_seqlen", "total")
+    __slots__ = ("_cu_seqlens", "_derived", "_lengths", "_max_seqlen", "_total")
 
-    cu_seqlens: Tensor
-    """int32 (sequences + 1,), from 0 to total, on the device of the tokens."""
-    max_seqlen: int
-    """Tokens in the longest sequence."""
-    total: int
-    """Tokens in all of them together."""
-    derived: dict[str, Any]
-    """What backends work out from the sequences, by name, so that the next layer need not."""
+    _cu_seqlens: Tensor
+    _derived: dict[str, Any]
+    _lengths: tuple[int, ...] | None
+    _max_seqlen: int
+    _total: int
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, total: int, lengths: tuple[int, ...] | None = None):
-        self.cu_seqlens = cu_seqlens
-        self.max_seqlen = max_seqlen
-        self.total = total
-        self._lengths = lengths
-        self.derived = {}
+        """Makes them from all that there is to know; `from_lengths` and its neighbours need less.
+
+        Raises PadfreeError if the arguments contradict each other.
+        """
+        made = PackedSequences.from_cu_seqlens(cu_seqlens, max_seqlen=max_seqlen, total=total)
+        if lengths is not None:
+            given = PackedSequences.from_lengths(lengths, device=made._cu_seqlens.device, total=total)
+            check_on_device(made.agrees_with(given), f"PackedSequences: cu_seqlens do not hold the lengths {lengths}")
+            made = given
+        for name in PackedSequences.__slots__:
+            setattr(self, name, getattr(made, name))
+
+    @classmethod
+    def _checked(
+        cls, cu_seqlens: Tensor, max_seqlen: int, total: int, lengths: tuple[int, ...] | None
+    ) -> PackedSequences:
+        """Makes them from what is known to be right, and a tensor that nobody else holds."""
+        self = cls.__new__(cls)
+        self._cu_seqlens, self._max_seqlen, self._total, self._lengths = cu_seqlens, max_seqlen, total, lengths
+        self._derived = {}
+        return self
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """int32 (sequences + 1,), from 0 to total, on the device of the tokens: a copy, which may be written to.
+
+        If only the device knows the lengths, the last value may stand there several times, as it was given.
+        """
+        return self._cu_seqlens.clone()
+
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens in the longest sequence; if only the device knows the lengths, what was given as their maximum."""
+        return self._max_seqlen
+
+    @property
+    def total(self) -> int:
+        """Tokens in all of them together."""
+        return self._total
+
+    @property
+    def derived(self) -> dict[str, Any]:
+        """What backends work out from the sequences, by name, so that the next layer need not."""
+        return self._derived
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens per sequence. Costs one device sync if only device-side cu_seqlens were given, else none."""
         if self._lengths is None:
-            self._lengths = tuple(np.diff(host_values(self.cu_seqlens)).tolist())
+            self._lengths = tuple(np.diff(_without_repeats(host_values(self._cu_seqlens))).tolist())
+            self._cu_seqlens = self._cu_seqlens[: len(self._lengths) + 1]
         return self._lengths
+
+    def kernel_cu_seqlens(self) -> Tensor:
+        """Returns `cu_seqlens` itself, for kernels, which are called in every layer and only read it."""
+        return self._cu_seqlens
 
     def cheapest_cu_seqlens(self) -> Tensor:
         """Returns `cu_seqlens` on the CPU if the lengths are known there, else where they are. No device sync."""
-        if self._lengths is None:
-            return self.cu_seqlens
-        return torch.from_numpy(np.cumsum((0, *self._lengths), dtype=np.int32))
+        return self.cu_seqlens if self._lengths is None else _cumulated(self._lengths)
+
+    def begins(self) -> Tensor:
+        """Returns int64 (sequences,): where each begins. No device sync.
+
+        If only the device knows the lengths, the first token may be named several times.
+        """
+        return self._cu_seqlens[:-1].long() % self._total
+
+    def ends(self) -> Tensor:
+        """Returns int64 (sequences,): the last token of each. No device sync; the last may be named several times."""
+        return self._cu_seqlens[1:].long() - 1
 
     def __len__(self) -> int:
-        return self.cu_seqlens.numel() - 1
+        """Returns how many there are. Costs a device sync where `lengths` does."""
+        return len(self.lengths)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PackedSequences) and self.lengths == other.lengths
@@ -64,17 +122,31 @@ class PackedSequences:
     def __repr__(self) -> str:
         return f"PackedSequences({len(self)} sequences, {self.total} tokens, longest {self.max_seqlen})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedSequences, (self._cu_seqlens, self._max_seqlen, self._total, self._lengths)
+
+    def agrees_with(self, other: PackedSequences) -> Tensor:
+        """Returns bool (): whether both, of as many tokens, hold the same sequences. No device sync."""
+        if self._lengths is not None and other._lengths is not None:
+            return torch.tensor(self._lengths == other._lengths)
+        here = other._cu_seqlens.device
+        both = [torch.zeros(self._total + 1, dtype=torch.bool, device=here) for _ in range(2)]
+        mine, its = (
+            each.index_fill_(0, cu.to(here, torch.int64), True)
+            for each, cu in zip(both, (self._cu_seqlens, other._cu_seqlens))
+        )
+        return (mine == its).all()
+
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedSequences:
         """Returns the same sequences with `cu_seqlens` on another device; data loaders call this to move a batch."""
-        cu_seqlens = self.cu_seqlens.to(device, non_blocking=non_blocking)
-        return PackedSequences(cu_seqlens, self.max_seqlen, self.total, self._lengths)
+        cu_seqlens = self._cu_seqlens.to(device, non_blocking=non_blocking)
+        return PackedSequences._checked(cu_seqlens, self._max_seqlen, self._total, self._lengths)
 
     def position_ids(self) -> Tensor:
         """Returns int64 (total,): 0, 1, 2, ... restarting at every sequence. No device sync."""
-        starts = self.cu_seqlens.long()
-        repeats = starts.diff()
-        offsets = torch.repeat_interleave(starts[:-1], repeats, output_size=self.total)
-        return torch.arange(self.total, device=offsets.device) - offsets
+        starts = self._cu_seqlens.long()
+        offsets = torch.repeat_interleave(starts[:-1], starts.diff(), output_size=self._total)
+        return torch.arange(self._total, device=offsets.device) - offsets
 
     @classmethod
     def from_lengths(
@@ -89,7 +161,10 @@ class PackedSequences:
 
         Raises PadfreeError if there is no sequence, one is empty, or they do not add up to `total`.
         """
-        lengths = tuple(int(length) for length in lengths)
+        try:
+            lengths = tuple(operator.index(length) for length in lengths)
+        except TypeError as error:
+            raise PadfreeError(f"lengths must be positive integers, found {str(lengths)[:80]} ({error})") from error
         if not lengths:
             raise PadfreeError("no sequences: the list of lengths is empty")
         if min(lengths) < 1:
@@ -98,8 +173,10 @@ class PackedSequences:
         covered = sum(lengths)
         if total is not None and covered != total:
             raise PadfreeError(f"the lengths cover {covered} tokens, but the batch has {total}")
-        cu_seqlens = torch.from_numpy(np.cumsum((0, *lengths), dtype=np.int32))
-        return cls(cu_seqlens.to(device or "cpu", non_blocking=True), max(lengths), covered, lengths)
+        if covered > _MOST_TOKENS:
+            raise PadfreeError(f"the lengths cover {covered} tokens, more than int32 can count ({_MOST_TOKENS})")
+        cu_seqlens = _cumulated(lengths).to(device or "cpu", non_blocking=True)
+        return cls._checked(cu_seqlens, max(lengths), covered, lengths)
 
     @classmethod
     def from_cu_seqlens(
@@ -117,28 +194,36 @@ class PackedSequences:
 
         Args:
             cu_seqlens: integers (sequences + 1,), from 0 to the number of tokens; a leading dimension of 1 is dropped.
-            max_seqlen: tokens in the longest sequence.
+                The last value may be repeated, as is done where shapes must not change from batch to batch.
+            max_seqlen: tokens in the longest sequence, or more.
             total: tokens that must be covered.
             device: where `cu_seqlens` goes; where it is if not given.
 
-        Raises PadfreeError unless they start at 0, increase, end at `total`, and agree with `max_seqlen`.
+        Raises PadfreeError unless they start at 0, increase, end at `total`, and none exceeds `max_seqlen`.
         """
-        cu = torch.as_tensor(cu_seqlens)
-        cu = cu.reshape(-1) if cu.dim() == 2 and cu.shape[0] == 1 else cu
-        if cu.dim() != 1 or cu.numel() < 2 or cu.is_floating_point():
-            raise PadfreeError(f"cu_seqlens must be integers (sequences + 1,), found {cu.dtype} {tuple(cu.shape)}")
+        cu = _as_integers(cu_seqlens)
         if cu.device.type != "cpu" and max_seqlen is not None and total is not None:
-            lengths = cu.diff()
-            good = (cu[0] == 0) & (cu[-1] == total) & (lengths.min() > 0) & (lengths.max() == max_seqlen)
-            torch._assert_async(good, f"cu_seqlens do not fit {total} tokens with max_seqlen {max_seqlen}")
-            return cls(cu.to(device or cu.device, torch.int32), int(max_seqlen), total)
-        values = cu.numpy() if cu.device.type == "cpu" else host_values(cu)
+            return cls._from_device(cu.clone(), max_seqlen, total).to(device or cu.device)
+        known = values_on_cpu(cu)
+        values = _without_repeats(host_values(cu) if known is None else known)
         if values[0] != 0:
             raise PadfreeError(f"cu_seqlens start at {values[0]}, not at 0")
         packed = cls.from_lengths(np.diff(values).tolist(), device=device or cu.device, total=total)
-        if max_seqlen is not None and max_seqlen != packed.max_seqlen:
+        if max_seqlen is not None and max_seqlen < packed.max_seqlen:
             raise PadfreeError(f"max_length is {max_seqlen}, but the longest sequence has {packed.max_seqlen} tokens")
         return packed
+
+    @classmethod
+    def _from_device(cls, cu: Tensor, max_seqlen: int, total: int) -> PackedSequences:
+        """Makes them from values that only the device knows, and that the device checks."""
+        if not (0 < total <= _MOST_TOKENS and max_seqlen > 0):
+            raise PadfreeError(f"cu_seqlens do not fit {total} tokens with max_seqlen {max_seqlen}")
+        cu, longest = cu.long(), min(max_seqlen, total)
+        lengths = cu.diff()
+        fit = (lengths > 0) | ((lengths == 0) & (cu[:-1] == total))
+        good = (cu[0] == 0) & (cu[-1] == total) & fit.all() & (lengths.max() <= longest)
+        torch._assert_async(good, f"cu_seqlens do not fit {total} tokens with max_seqlen {max_seqlen}")
+        return cls._checked(cu.int(), longest, total, None)
 
     @classmethod
     def from_position_ids(cls, position_ids: Tensor) -> PackedSequences:
@@ -161,3 +246,24 @@ class PackedSequences:
         (3, 1, 2)
         """
         return cls.from_lengths(lengths_of_mask(attention_mask), device=attention_mask.device)
+
+
+def _as_integers(cu_seqlens: Tensor | Sequence[int]) -> Tensor:
+    try:
+        cu = torch.as_tensor(cu_seqlens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PadfreeError(f"cu_seqlens must be integers, found {str(cu_seqlens)[:80]} ({error})") from error
+    cu = cu.reshape(-1) if cu.dim() == 2 and cu.shape[0] == 1 else cu
+    if cu.dim() != 1 or cu.numel() < 2 or cu.is_floating_point() or cu.is_complex() or cu.dtype == torch.bool:
+        raise PadfreeError(f"cu_seqlens must be integers (sequences + 1,), found {cu.dtype} {tuple(cu.shape)}")
+    return cu
+
+
+def _cumulated(lengths: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(np.cumsum((0, *lengths), dtype=np.int32))
+
+
+def _without_repeats(cu_seqlens: Values) -> Values:
+    """Returns cumulative lengths without the repetitions of the last value."""
+    others = np.flatnonzero(cu_seqlens != cu_seqlens[-1])
+    return cu_seqlens[: others[-1] + 2] if len(others) else cu_seqlens[:1]

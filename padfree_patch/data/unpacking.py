@@ -32,13 +32,13 @@ def unpack(packed: Tensor, sequences: PackedSequences) -> list[Tensor]:
 def last_tokens(packed: Tensor, sequences: PackedSequences) -> Tensor:
     """Returns the values at each sequence's last token, (sequences, ...): the pooling of classifiers and reward models.
 
-    Arguments and errors are those of `unpack`. Differentiable, and without a device sync.
+    Arguments and errors are those of `unpack`. Differentiable, and without a device sync if `lengths` has none.
 
     >>> last_tokens(torch.tensor([[7, 8, 9]]), PackedSequences.from_lengths([1, 2]))
     tensor([7, 9])
     """
     tokens = _tokens_first(packed, sequences)
-    return tokens.index_select(0, sequences.cu_seqlens[1:].long().to(tokens.device) - 1)
+    return tokens.index_select(0, sequences.ends()[: len(sequences)].to(tokens.device))
 
 
 def sequence_log_probs(logits: Tensor, labels: Tensor, sequences: PackedSequences) -> Tensor:

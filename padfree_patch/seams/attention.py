@@ -145,6 +145,8 @@ class KernelMode(TorchFunctionMode):
         ours = self._positions
         if ours is None or self._batch is None or ours is self._batch.position_ids or asked.dim() != 1:
             return False
+        if self._batch.steps_by_one is False:
+            return False  # the last position is not the last length, and must be read
         last = ours[:, -1]
         return asked.data_ptr() == last.data_ptr() and (asked.shape, asked.stride()) == (last.shape, last.stride())
 

@@ -15,6 +15,7 @@ from ..registry import Patch
 from ..wrapping.call import Call, signature
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import Seam, original_of
+from .found_ordinary import found_ordinary
 from .kinds import Found, check_takes
 from .model_call import concerns, take_batch
 
@@ -40,15 +41,17 @@ def _shown(head: nn.Module) -> tuple[str, ...]:
 
 
 def answer(call: Call) -> Any:
-    _prepare(call)
-    return call.proceed()
+    if _prepare(call) is not None:
+        return call.proceed()
+    with found_ordinary(call):
+        return call.proceed()
 
 
 @torch.compiler.disable
-def _prepare(call: Call) -> None:
+def _prepare(call: Call) -> PackedBatch | None:
     batch = take_batch(call)
     if batch is None:
-        return
+        return None
     module, arguments = call.module, call.arguments
     decoder = getattr(module, "base_model", module)
     if is_transformers_model(decoder) and OptIn.of(decoder) is None:
@@ -58,6 +61,7 @@ def _prepare(call: Call) -> None:
     arguments["attention_mask"] = _without_segments(arguments.get("attention_mask"))
     if any(base.__name__.endswith("ForCausalLM") for base in type(module).__mro__):
         _ignore_boundaries(arguments, batch)
+    return batch
 
 
 def _without_segments(mask: object) -> Tensor | None:
@@ -65,7 +69,7 @@ def _without_segments(mask: object) -> Tensor | None:
 
     The auxiliary loss of a mixture of experts is over the real ones.
     """
-    if not isinstance(mask, Tensor):
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
     return mask if mask.dtype == torch.bool else (mask != 0).to(mask.dtype)
 

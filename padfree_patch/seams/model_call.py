@@ -11,6 +11,8 @@ from ..batch.packed_batch import PackedBatch, read_batch
 from ..errors import PadfreeError
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
+from .found_ordinary import is_found_ordinary
+from .jump import say_jump
 from .stand_in import is_stand_in
 from .under_way import under_way
 
@@ -48,10 +50,14 @@ def take_batch(call: Call) -> PackedBatch | None:
     if _is_upstreams(call):
         return None
     lengths = _take_lengths(call.arguments)
+    if not lengths and is_found_ordinary(call):
+        return None
     batch = _read(call, lengths)
     if batch is None:
         return None
     _check_result(call)
+    if call.arguments.get("position_ids") is not batch.position_ids:  # not read before, by the head
+        say_jump(call.module, batch)
     call.arguments["position_ids"] = batch.position_ids
     for name in CACHE_ARGUMENTS:
         call.arguments.pop(name, None)

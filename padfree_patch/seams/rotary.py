@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch.packed_batch import PackedBatch
+from ..errors import PadfreeError
 from ..registry import Patch
 from ..wrapping.call import Call, signature, takes_keyword
 from ..wrapping.opt_in import OptIn
@@ -58,7 +59,8 @@ def positions_for(attention: nn.Module, batch: PackedBatch) -> Tensor:
         tokens = torch.arange(batch.sequences.total, device=batch.position_ids.device)
         return tokens.view(batch.position_ids.shape)
     # The tables have as many rows as the packed row has tokens. Rope sees differences of positions only, so that a
-    # sequence which starts elsewhere is the same from 0 on; alone, upstream fails on it (IndexError).
+    # sequence which starts elsewhere is the same from 0 on; alone, upstream fails on it (IndexError), as it does on one
+    # whose positions jump beyond its length.
     return batch.positions_from_zero
 
 
@@ -110,6 +112,7 @@ def _tables_of_positions(call: Call, batch: PackedBatch) -> tuple[Tensor, Tensor
 def _tables_of_lengths(call: Call, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """Returns (cos, sin), (..., B * T, D) each, of a rotary that takes `seq_len`: one call per length that matters."""
     rotary, x, lengths = call.module, call.arguments["x"], list(batch.sequences.lengths)
+    _check_steps(rotary, batch)
     longest_short = min(unscaled_length(rotary), batch.sequences.max_seqlen)
     tables = {
         length: call.original(_fresh(rotary, x.device), x, seq_len=length)
@@ -118,6 +121,18 @@ def _tables_of_lengths(call: Call, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     picked = [tables[max(length, longest_short)] for length in lengths]
     cos, sin = ([table[part][..., :n, :] for table, n in zip(picked, lengths)] for part in (0, 1))
     return torch.cat(cos, dim=-2), torch.cat(sin, dim=-2)
+
+
+def _check_steps(rotary: nn.Module, batch: PackedBatch) -> None:
+    """Raises PadfreeError for positions that jump inside a sequence, where a rotary counts its tokens itself."""
+    if batch.steps_by_one:
+        return
+    counted = batch.sequences.position_ids().view_as(batch.position_ids)
+    if batch.steps_by_one is False or not torch.equal(batch.positions_from_zero, counted):
+        raise PadfreeError(
+            f"position_ids jump inside an example, but {type(rotary).__name__} of this transformers version counts the "
+            "tokens itself; give positions without jumps, or update transformers"
+        )
 
 
 def _rotated_pair(call: Call, batch: PackedBatch) -> tuple[Tensor, ...]:

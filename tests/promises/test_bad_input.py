@@ -35,7 +35,6 @@ def batch():
         ({"attention_mask": torch.tensor([[1] * 4 + [2] * 5])}, "disagree in row 0 between tokens 3 and 4"),
         ({"attention_mask": torch.tensor([[1, 0, 1, 1, 1, 1, 1, 1, 1]])}, "a 0 inside a sequence"),
         ({"attention_mask": torch.ones(1, 7, dtype=torch.int64)}, r"attention_mask is \(1, 7\) instead of \(1, 9\)"),
-        ({"attention_mask": torch.zeros(1, 1, 9, 9)}, r"attention_mask is \(1, 1, 9, 9\)"),
         ({"output_attentions": True}, "output_attentions"),
         ({"labels": torch.zeros(1, 8, dtype=torch.int64)}, r"labels have shape \(1, 8\)"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.int64), "position_ids": None}, "empty input"),
