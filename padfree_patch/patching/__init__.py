@@ -14,6 +14,7 @@ from .. import attention, verification, versions
 from ..batch.packed_batch import known_batches
 from ..errors import PadfreeError
 from ..registry import Patch
+from ..seams.answers import patched_layers
 from ..seams.decoder import IMPLEMENTATIONS
 from ..seams.window import measured
 from ..wrapping.opt_in import OptIn, living, remove_unused_seams
@@ -100,6 +101,9 @@ def _opt_in(planned: Plan, new: list[nn.Module], backend: str) -> None:
             seam.install()
         for module in new:
             OptIn(planned.patch.model_type, backend, planned.seams).attach(module)
+    for decoder in planned.modules:
+        if (opt_in := OptIn.of(decoder)) and planned.patch.is_decoder(decoder):
+            opt_in.layers = len(patched_layers(decoder, planned.patch))
 
 
 def _opt_out(modules: list[nn.Module]) -> None:

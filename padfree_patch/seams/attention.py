@@ -25,7 +25,7 @@ from ..wrapping.seam import Seam
 from . import rotary
 from .interface import uses_interface
 from .kernel import PackedKernel
-from .kinds import Found, check_class_found, check_takes
+from .kinds import Found, check_causal, check_class_found, check_takes
 from .scores import KnownMaximum, UncomputedScores
 from .stand_in import batch_of, is_stand_in, recipe_of
 from .under_way import running
@@ -39,6 +39,8 @@ _SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax)
 def find(model: nn.Module, patch: Patch) -> Found:
     every = tuple(module for module in model.modules() if patch.is_attention(module))
     check_class_found(patch, model, patch.attention, every)
+    for module in every:
+        check_causal(module)
     modules = tuple(module for module in every if not uses_interface(module, patch))
     for module in modules:
         check_takes(patch, module, "attention_mask", "position_ids")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from ..errors import PadfreeError
 from ..models import implementation_of, pretrained_modules
 from ..registry import Patch
 from ..wrapping.call import Call
-from ..wrapping.seam import Seam
+from .answers import answering, check_head_not_passed_by
 from .kinds import Found, check_class_found, check_takes
-from .model_call import concerns, take_batch
+from .model_call import enter, seams_of, take_batch
 from .noise import embed_each_alone
 from .rotary import depends_on_length
 from .stand_in import stand_in
@@ -32,15 +33,20 @@ def find(model: nn.Module, patch: Patch) -> Found:
     for decoder in decoders:
         check_implementation(patch.model_type, decoder)
         check_takes(patch, decoder, "attention_mask", "position_ids")
-    return Found(frozenset(Seam(type(each), "forward", concerns, answer) for each in decoders), decoders)
+    return Found(frozenset(seam for each in decoders for seam in seams_of(each, answer, enter_decoder)), decoders)
 
 
 def answer(call: Call) -> Any:
     batch = _prepare(call)
-    if batch is None or not any(depends_on_length(child) for child in call.module.children()):
+    if batch is None:
         return call.proceed()
-    with running(batch=batch):  # it calls its rotary itself
+    calls_rotary = any(depends_on_length(child) for child in call.module.children())
+    with answering(call.module), running(batch=batch) if calls_rotary else nullcontext():
         return call.proceed()
+
+
+def enter_decoder(call: Call) -> Any:
+    return enter(call, answer)
 
 
 @torch.compiler.disable
@@ -48,6 +54,7 @@ def _prepare(call: Call) -> PackedBatch | None:
     batch = take_batch(call)
     if batch is not None:
         check_implementation(type(call.module).__name__, call.module)  # it may have been switched since apply
+        check_head_not_passed_by(call.module)
         embed_each_alone(call.module, call.arguments, batch)
         call.arguments["attention_mask"] = stand_in(batch)
     return batch

@@ -14,10 +14,11 @@ from ..models import is_transformers_model, pretrained_modules
 from ..registry import Patch
 from ..wrapping.call import Call, signature
 from ..wrapping.opt_in import OptIn
-from ..wrapping.seam import Seam, original_of
+from ..wrapping.seam import original_of
+from .answers import answering
 from .found_ordinary import found_ordinary
 from .kinds import Found, check_takes
-from .model_call import concerns, take_batch
+from .model_call import enter, seams_of, take_batch
 
 NAME = "head"
 
@@ -26,7 +27,7 @@ def find(model: nn.Module, patch: Patch) -> Found:
     heads = tuple(module for module in pretrained_modules(model) if not patch.is_decoder(module))
     for head in heads:
         check_takes(patch, head, "attention_mask", "position_ids")
-    return Found(frozenset(Seam(type(each), "forward", concerns, answer, _shown(each)) for each in heads), heads)
+    return Found(frozenset(seam for each in heads for seam in seams_of(each, answer, enter_head, _shown(each))), heads)
 
 
 def _shown(head: nn.Module) -> tuple[str, ...]:
@@ -41,10 +42,13 @@ def _shown(head: nn.Module) -> tuple[str, ...]:
 
 
 def answer(call: Call) -> Any:
-    if _prepare(call) is not None:
+    around = found_ordinary(call) if _prepare(call) is None else answering(call.module)
+    with around:
         return call.proceed()
-    with found_ordinary(call):
-        return call.proceed()
+
+
+def enter_head(call: Call) -> Any:
+    return enter(call, answer)
 
 
 @torch.compiler.disable

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from .. import attention
 from ..batch.sequences import PackedSequences
 from ..errors import PadfreeError
+from .answers import note_answer
 from .key_bias import with_key_bias
+from .kinds import check_causal
 from .stand_in import Recipe
 
 _recorded: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("padfree_patch_windows", default=None)
@@ -32,6 +34,7 @@ class PackedKernel:
         backend: str,
         key_bias: Tensor | None = None,
     ):
+        check_causal(module)  # it may have been switched since apply
         self.owner = type(module).__name__
         """Class of the module, for errors."""
         self.key_bias = key_bias
@@ -40,6 +43,7 @@ class PackedKernel:
         """Whether the forward has come to the kernel."""
         self.attending = False
         """Whether the backend is at work: what it calls is no kernel call of upstream's."""
+        self._module = module
         self._sequences, self._recipe, self._backend = sequences, recipe, backend
 
     def attend(
@@ -70,6 +74,7 @@ class PackedKernel:
             windows.append(window)
         self._check_tokens(q, k)
         self.answered = True
+        note_answer(self._module)
         rows, head_dim = q.shape[0], q.shape[3]
         scale = head_dim**-0.5 if scale is None else scale
         if self.key_bias is not None:

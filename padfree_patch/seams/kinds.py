@@ -70,6 +70,16 @@ def check_takes(patch: Patch, module: nn.Module, *names: str) -> None:
         )
 
 
+def check_causal(module: nn.Module) -> None:
+    """Raises PadfreeError if an attention module, or its config, says that its attention is not causal."""
+    for where, says in ((type(module).__name__, module), ("its config", getattr(module, "config", None))):
+        if getattr(says, "is_causal", None) is False:
+            raise PadfreeError(
+                f"{type(module).__name__} is not causal (is_causal of {where} is False); packed attention always is: "
+                "set it to True, or train this model on padded batches without padfree_patch"
+            )
+
+
 def class_named(module: nn.Module, name: str) -> type:
     """Returns the class of that name among the bases of a module's class."""
     return next(base for base in type(module).__mro__ if base.__name__ == name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..batch.lengths import LENGTH_ARGUMENTS
@@ -11,6 +12,7 @@ from ..batch.packed_batch import PackedBatch, read_batch
 from ..errors import PadfreeError
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
+from ..wrapping.seam import Answer, Seam, is_wrapper, original_of
 from .found_ordinary import is_found_ordinary
 from .jump import say_jump
 from .stand_in import is_stand_in
@@ -39,6 +41,24 @@ def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return True
     several_tokens = tokens.shape[1] > 1  # unlike in every step of generate but the first
     return several_tokens and not (kwargs.get("position_ids") is None and kwargs.get("attention_mask") is None)
+
+
+def seams_of(model: nn.Module, answer: Answer, entry: Answer, shown: tuple[str, ...] = ()) -> set[Seam]:
+    """Returns the seams of a model's forward, and of `__call__`, which reaches us if somebody replaces the forward."""
+    return {Seam(type(model), "forward", concerns, answer, shown), Seam(type(model), "__call__", concerns, entry)}
+
+
+@torch.compiler.disable(recursive=False)
+def enter(call: Call, answer: Answer) -> Any:
+    """Answers `__call__`: a forward that is not ours, on the class or the instance, gets what ours would have given it.
+
+    Theirs may well call ours, which then finds the batch that was read.
+    """
+    forward = call.module.forward
+    if is_wrapper(forward):
+        return call.proceed()
+    by_name = getattr(forward, "__func__", None) or original_of(type(call.module).forward)
+    return answer(call.named_like(by_name))
 
 
 def take_batch(call: Call) -> PackedBatch | None:

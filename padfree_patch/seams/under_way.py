@@ -16,6 +16,7 @@ from torch import nn
 from ..batch.packed_batch import PackedBatch
 
 if TYPE_CHECKING:
+    from .answers import Answers
     from .kernel import PackedKernel
 
 
@@ -23,11 +24,12 @@ class _UnderWay(threading.local):
     batch: PackedBatch | None = None
     kernel: PackedKernel | None = None
     generating: frozenset[int] = frozenset()
+    answers: Answers | None = None
 
 
 under_way = _UnderWay()
 """Its `batch` is the one whose rotary runs; its `kernel` the one that flash-attn would be called for; `generating` has
-the ids of the modules of models that generate."""
+the ids of the modules of models that generate; `answers` say who has answered in the innermost packed forward."""
 
 
 @contextmanager

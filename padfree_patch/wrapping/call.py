@@ -43,7 +43,7 @@ class Call:
     Made only for calls that concern a patched model: torch.compile traces all others as one graph.
     """
 
-    __slots__ = ("_rest", "arguments", "names", "original")
+    __slots__ = ("_like", "_rest", "arguments", "names", "original")
 
     original: Callable[..., Any]
     """The function itself, as it was before it was wrapped."""
@@ -57,7 +57,7 @@ class Call:
         named = dict(zip(names, args))
         if (len(args) > len(names) and not takes_more) or named.keys() & kwargs.keys():
             original(*args, **kwargs)  # raises the TypeError that Python has for it
-        self.original = original
+        self.original = self._like = original
         self.arguments = {**named, **kwargs}
         self.names, self._rest = names, args[len(names) :]
 
@@ -67,19 +67,26 @@ class Call:
         return self.arguments[self.names[0]]
 
     def takes(self, name: str) -> bool:
-        return takes_keyword(self.original, name)
+        return takes_keyword(self._like, name)
 
     def with_defaults(self) -> dict[str, Any]:
         """Returns all arguments by name, with the defaults of those that were not given."""
-        parameters = signature(self.original).parameters.values()
+        parameters = signature(self._like).parameters.values()
         return {each.name: each.default for each in parameters if each.default is not each.empty} | self.arguments
 
     def changed(self, original: Callable[..., Any] | None = None, **arguments: Any) -> Call:
         """Returns a copy with some arguments changed, or of another function."""
         twin = copy.copy(self)
-        twin.original = original or self.original
+        twin.original, twin._like = original or self.original, original or self._like
         twin.arguments = {**self.arguments, **arguments}
         return twin
+
+    def named_like(self, function: Callable[..., Any]) -> Call:
+        """Returns the same call, its arguments named by the parameters of the function that the original calls."""
+        given = [self.arguments[name] for name in self.names if name in self.arguments]
+        named = Call(function, (*given, *self._rest), {k: v for k, v in self.arguments.items() if k not in self.names})
+        named.original = self.original
+        return named
 
     def proceed(self) -> Any:
         """Calls the function itself."""

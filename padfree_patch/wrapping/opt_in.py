@@ -22,8 +22,10 @@ ATTRIBUTE = "_padfree_patch"
 class OptIn:
     """Marks a module as patched."""
 
-    def __init__(self, model_type: str, backend: str, seams: tuple[Seam, ...]):
+    def __init__(self, model_type: str, backend: str, seams: tuple[Seam, ...], layers: int = 0):
         self.model_type, self.backend, self.seams = model_type, backend, seams
+        self.layers = layers
+        """Of a decoder: layers whose attention was patched when it was."""
         self.set_aside: dict[str, Any] = {}
         """What stood in the module's `__dict__` and would have gone past the patched class."""
         living.add(self)
@@ -52,7 +54,7 @@ class OptIn:
             vars(module).update(opt_in.set_aside)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptIn:
-        return OptIn(self.model_type, self.backend, self.seams)
+        return OptIn(self.model_type, self.backend, self.seams, self.layers)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickle, (self.model_type, self.backend, self.seams)

@@ -47,13 +47,13 @@ class Seam:
         return f"{self.owner.__module__}.{self.owner.__qualname__}.{self.name}"
 
     def install(self) -> None:
-        """Wraps the function; does nothing if it is wrapped here already."""
+        """Wraps the function that stands there; does nothing if that is our wrapper already."""
         with lock:
             holder, here = _holder(self.owner, self.name), installed.setdefault(self, [])
-            if any(holder is each.holder for each in here):
+            own = _own_entries(holder).get(self.name, _ABSENT)
+            if any(holder is each.holder and own is each.wrapper for each in here):
                 return
             current = holder[self.name] if isinstance(holder, dict) else getattr(holder, self.name)
-            own = _own_entries(holder).get(self.name, _ABSENT)
             wrapper: Any = wrapped(current, self.concerns, self.answer, self.takes)
             if isinstance(own, staticmethod):
                 wrapper = staticmethod(wrapper)
@@ -62,10 +62,16 @@ class Seam:
 
     def remove(self) -> None:
         """Puts back what the wrapper replaced, and its absence if it was inherited."""
-        for holder, own, wrapper in installed.pop(self):
+        for holder, own, wrapper in reversed(installed.pop(self, [])):
             if _own_entries(holder).get(self.name) is not wrapper:
                 continue  # somebody wrapped it again: theirs stays, and ours in it calls straight through
             _put(holder, self.name, own)
+
+    def replacement(self) -> Any:
+        """Returns what is there instead of our wrapper ("nothing" if it was deleted); None if ours is there."""
+        holder = _holder(self.owner, self.name)
+        there = _own_entries(holder).get(self.name, "nothing")
+        return None if any(there is each.wrapper for each in installed.get(self, ())) else there
 
 
 class Installed(NamedTuple):
@@ -80,7 +86,8 @@ class Installed(NamedTuple):
 
 lock = threading.RLock()
 installed: dict[Seam, list[Installed]] = {}
-"""More than one for a seam if a module of remote code was loaded again under its name."""
+"""More than one for a seam if a module of remote code was loaded again under its name, or if somebody replaced our
+wrapper and the seam was installed again: the newest is last."""
 
 
 def wrapped(
@@ -107,6 +114,14 @@ def _with_keywords(signature: inspect.Signature, names: tuple[str, ...]) -> insp
     *before, last = signature.parameters.values()
     any_keyword = [last] if last.kind is last.VAR_KEYWORD else []
     return signature.replace(parameters=[*before, *([] if any_keyword else [last]), *more, *any_keyword])
+
+
+_WRAPPER_CODE = wrapped(lambda *_: None, lambda args, kwargs: False, lambda call: None).__code__
+
+
+def is_wrapper(function: object) -> bool:
+    """Whether a function, bound or not, is one of our wrappers; what `functools.wraps` makes of one is not."""
+    return getattr(getattr(function, "__func__", function), "__code__", None) is _WRAPPER_CODE
 
 
 def original_of(function: Callable[..., Any]) -> Callable[..., Any]:
