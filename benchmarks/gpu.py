@@ -40,10 +40,18 @@ WIDTHS = {
 @click.command()
 @click.option("--only", "sections", multiple=True, type=click.Choice(SECTIONS), default=SECTIONS)
 @click.option("--layers", default=4, show_default=True, help="Layers of the models that are timed.")
-@click.option("--batch-size", "batch_sizes", multiple=True, type=int, default=(16, 64), show_default=True)
+@click.option("--batch-size", "batch_sizes", multiple=True, type=int, default=(16, 32), show_default=True)
 @click.option("--rounds", default=6, show_default=True, help="Batches per width and batch size.")
+@click.option("--model", "models", multiple=True, help="Model types whose exactness is measured; all by default.")
 @click.option("--device", default="cuda", show_default=True)
-def main(sections: tuple[str, ...], layers: int, batch_sizes: tuple[int, ...], rounds: int, device: str) -> None:
+def main(
+    sections: tuple[str, ...],
+    layers: int,
+    batch_sizes: tuple[int, ...],
+    rounds: int,
+    models: tuple[str, ...],
+    device: str,
+) -> None:
     """Measure, and write after each section."""
     torch.manual_seed(0)
     card = torch.cuda.get_device_name() if device == "cuda" else device
@@ -54,7 +62,7 @@ def main(sections: tuple[str, ...], layers: int, batch_sizes: tuple[int, ...], r
     names = [name for name, refusal in found["backends"].items() if refusal is None]
     for section in sections:
         if section == "exactness":
-            found[section] = {"models": model_errors(names, device), "attention": attention_errors(device)}
+            found[section] = {"models": model_errors(names, device, models), "attention": attention_errors(device)}
         elif section == "steps":
             found[section] = [
                 steps(width, layers, size, rounds, names, device) for width in WIDTHS for size in batch_sizes
@@ -182,10 +190,10 @@ def compiled(name: str, layers: int, device: str) -> dict[str, Any]:
     model = model_of("1.7B-like", layers, device).train()
     batches = [drawn(16, seed, device)["packed"] for seed in range(6)]
     with applied(model, verify=False, backend=name):
-        as_it_is = [float(model(**batch, use_cache=False).loss) for batch in batches]
+        as_it_is = [model(**batch, use_cache=False).loss.item() for batch in batches]
         before = [timed_step(model, batch, patched=False) for batch in batches][2:]
         model.compile(dynamic=True)
-        losses = [float(model(**batch, use_cache=False).loss) for batch in batches]
+        losses = [model(**batch, use_cache=False).loss.item() for batch in batches]
         after = [timed_step(model, batch, patched=False) for batch in batches][2:]
     differences = [abs(one - other) for one, other in zip(as_it_is, losses)]
     return {

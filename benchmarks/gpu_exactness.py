@@ -22,11 +22,12 @@ LENGTHS = (5, 9, 1, 130, 12)
 OPTIONS: dict[str, dict[str, float]] = {"": {}, "window 64": {"window": 64}, "softcap 30": {"softcap": 30.0}}
 
 
-def model_errors(names: list[str], device: str) -> list[dict[str, Any]]:
-    """Returns, for each model, backend and way of loading it, the errors over upstream's own on each example alone."""
+def model_errors(names: list[str], device: str, chosen: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Returns, for each model (`chosen`, or all), backend and implementation, the errors over upstream's own alone."""
     return [
         each
         for name, make in models()
+        if not chosen or name in chosen
         for implementation in ("eager", "sdpa")
         for each in errors_of({"model": name, "implementation": implementation}, make, names, device)
     ]
@@ -39,7 +40,7 @@ def models() -> Iterator[tuple[str, Callable[[str], nn.Module]]]:
         if "n_heads" not in patch.tiny:  # heads of 64, which every kernel takes; those of Dbrx stay 8
             changes["hidden_size"] = 384
         yield patch.model_type, functools.partial(tiny_model, patch, **changes)
-    yield "SmolLM2-135M's shape", smollm2
+    yield "smollm2-135m", smollm2
 
 
 def smollm2(implementation: str) -> nn.Module:

@@ -26,8 +26,8 @@ def main() -> None:
 
 def page() -> str:
     """Returns the text with the tables and figures in their places."""
-    names = ("step", "memory", "attention", "scaling", "convergence", "overhead", "packing")
-    step, memory, attention, scaling, convergence, overhead, packing = (
+    names = ("step", "memory", "attention", "scaling", "convergence", "overhead", "packing", "gpu")
+    step, memory, attention, scaling, convergence, overhead, packing, gpu = (
         json.loads((RESULTS / f"{name}.json").read_text()) for name in names
     )
     fits = scaling["fits"]
@@ -66,6 +66,7 @@ def page() -> str:
         overhead=overhead_table(overhead["calls"]),
         apply=f"{1e3 * overhead['apply_32_layers_seconds']:.1f}",
         verify=f"{1e3 * overhead['verify_4_layers_seconds']:.0f}",
+        **gpu_values(gpu),
         syncs=", ".join(f"{count} {name}" for name, count in overhead["syncs_per_step"].items()),
     )
 
@@ -196,6 +197,46 @@ def overhead_table(calls: dict[str, dict[str, Any]]) -> str:
             )
         )
     return table(("ordinary call", "added", "of the forward", "operators", "syncs"), rows)
+
+
+def gpu_values(found: dict[str, Any]) -> dict[str, Any]:
+    kinds = sorted(found["steps"][0]["rounds"][0]["found"], key=lambda kind: kind.split(", ")[::-1])
+    sizes = [f"{run['width']}, batch {run['batch_size']}" for run in found["steps"]]
+    largest = found["steps"][1]
+    rows = [
+        (
+            kind.replace("packed", "**padding-free**"),
+            *(spread_of([1e3 * each["found"][kind]["seconds"] for each in run["rounds"]]) for run in found["steps"]),
+            f"{median(each['found'][kind]['peak_bytes'] for each in largest['rounds']) / 2**30:.1f}",
+            *largest["counts"][kind].values(),
+        )
+        for kind in kinds
+    ]
+    ratios = [each for each in found["exactness"]["models"] if "logits" in each]
+    return {
+        **{f"gpu_{name}": found["environment"][name] for name in ("card", "torch", "transformers", "cuda")},
+        "gpu_layers": largest["layers"],
+        "gpu_steps": table(("step, milliseconds", *sizes, "peak GiB", "kernels", "syncs"), rows),
+        "gpu_counted": sizes[1],
+        "gpu_models": ", ".join(dict.fromkeys(each["model"] for each in ratios)),
+        "gpu_smallest": f"{min(min(each['logits'], each['gradients']) for each in ratios):.2f}",
+        "gpu_largest": f"{max(max(each['logits'], each['gradients']) for each in ratios):.2f}",
+        "gpu_attention": gpu_attention_table(found["exactness"]["attention"]),
+    }
+
+
+def gpu_attention_table(found: list[dict[str, Any]]) -> str:
+    rows = []
+    for each in found:
+        errors = (
+            (f"{each[name]:.1e}" for name in ("output", "gradients")) if "output" in each else (each["refused"], "")
+        )
+        rows.append((each["dtype"], each["option"] or "none", each["backend"], *errors))
+    return table(("dtype", "option", "backend", "output", "gradients"), rows)
+
+
+def spread_of(values: list[float]) -> str:
+    return f"{median(values):.0f} ({min(values):.0f}-{max(values):.0f})"
 
 
 def table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers.attention_reference import LENGTHS, LONG, errors, random_qkv, reference
 from padfree_patch import PackedSequences, versions
@@ -162,3 +163,25 @@ def test_no_scores_are_kept_for_the_backward(options):
     with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
         sdpa.attend(*random_qkv(2, 2, lengths=[2048]), PackedSequences.from_lengths([2048]), scale=1.0, **options)
     assert max(sizes) <= 256 * 2048  # the mask of one chunk
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_no_plan_of_cudnn_for_every_length(monkeypatch, wanted):
+    """cuDNN, which torch prefers on Hopper, made a step of the sdpa backend 25 times as slow on an H200."""
+    enabled = []
+
+    def function(q, *_, **__):
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", function)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(wanted)
+    try:
+        with FakeTensorMode():
+            q = torch.empty(14, 4, 16, device="cuda")
+            sdpa.attend(q, q, q, PackedSequences.from_lengths((5, 9)), scale=0.3)
+        assert enabled == [False, False]
+        assert torch.backends.cuda.cudnn_sdp_enabled() == wanted  # as the user left it
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -16,6 +16,7 @@ from padfree_patch.testing import checkpointing, conformance, examples, pack, ti
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("default::DeprecationWarning"),  # of torch's compiler, which warns of itself
 ]
 BY_NAME = {backend.NAME: backend for backend in BACKENDS}
 needs_flash_attn = pytest.mark.skipif(versions.installed("flash-attn") is None, reason="needs flash-attn")
@@ -164,23 +165,15 @@ def test_positions_changed_in_place_are_read_again(on_cuda):
     assert torch.equal(found, expected)
 
 
-def test_a_captured_graph_replays_a_packed_forward(on_cuda):
-    """A CUDA graph keeps the lengths it was captured with: the ids may change, and nothing else."""
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
+def test_a_packed_forward_can_not_be_captured_silently(on_cuda):
+    """A CUDA graph would keep the lengths of the batch that it was captured with. torch refuses their copy."""
     with applied(on_cuda()) as model, torch.no_grad():
-        batch, other = batch_of(), batch_of(seed=5)
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                model(**batch, use_cache=False)
+        batch = batch_of()
+        model(**batch, use_cache=False)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = model(**batch, use_cache=False).logits
-        batch["input_ids"].copy_(other["input_ids"])
-        graph.replay()
-        torch.cuda.synchronize()
-        expected = model(**other, use_cache=False).logits
-    torch.testing.assert_close(captured, expected)
+        with pytest.raises(RuntimeError, match="during CUDA graph capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            model(**batch, use_cache=False)
 
 
 @pytest.mark.parametrize("backend", ["flash_attn", "torch_varlen", "flex", "sdpa"])
