@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import TrainerCallback
 
+from ..adapters import check_adapters
 from ..batch.lengths import LENGTH_ARGUMENTS
 from ..batch.packed_batch import read_batch
 from ..data.samplers import TokenBudgetBatchSampler
 from ..errors import PadfreeError
-from ..patching import check_no_virtual_tokens, is_applied
+from ..patching import is_applied
 from ..seams.model_call import tokens_of
 from .diagnosis import Seen, causes
 from .figures import FIGURES, Counts, ends_with_padding, of_all_processes, real_tokens
@@ -35,7 +36,7 @@ class PaddingFreeCallback(TrainerCallback):
     callback was given as `callbacks=[...]`, by `add_callback` or by `attach`: when the training begins, it becomes the
     first of the callbacks.
 
-    A packed batch for a model that is not patched is a PadfreeError, and so is a PEFT adapter with virtual tokens. At
+    A packed batch for a model that is not patched is a PadfreeError, and so is a PEFT adapter that can't serve one. At
     the beginning of an epoch the callback sets the epoch of a `TokenBudgetBatchSampler`.
 
     The only device syncs are a few per log, and the one with which the patched model reads the batch anyway. Of several
@@ -72,7 +73,7 @@ class PaddingFreeCallback(TrainerCallback):
         if model is None:
             raise PadfreeError("PaddingFreeCallback: the Trainer gave no model to watch")
         self._unhook()  # of a run that an error ended
-        check_no_virtual_tokens(model)  # which may have come after apply
+        check_adapters(model)  # which may have come after apply
         self._counts, self._seen, self._steps = Counts(), Seen(), 0
         self._shown = dict.fromkeys(FIGURES, "No log")
         self._last_step = self._counts.began  # of none yet: an evaluation may come first

@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import nn
 
 from .. import attention, verification, versions
+from ..adapters import adapters_of
 from ..batch.packed_batch import known_batches
 from ..errors import PadfreeError
 from ..registry import Patch
@@ -19,9 +20,10 @@ from ..seams.decoder import IMPLEMENTATIONS
 from ..seams.window import measured
 from ..wrapping.opt_in import OptIn, living, remove_unused_seams
 from ..wrapping.seam import lock
-from .plan import Plan, check_no_virtual_tokens, plan
+from .added_adapters import verify_added_adapters
+from .plan import Plan, plan
 
-__all__ = ["IMPLEMENTATIONS", "applied", "apply", "check_no_virtual_tokens", "is_applied", "places", "restore"]
+__all__ = ["IMPLEMENTATIONS", "applied", "apply", "is_applied", "places", "restore"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,6 +51,7 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
             opt_in.backend = backend
         verified = verify and _verify(planned.patch, model)
         _report_if_untested(planned.patch, verified=verified)
+        _remember_adapters(model, verify=verify)
     except BaseException:
         _opt_out(new)
         for opt_in, old in before.items():
@@ -104,6 +107,15 @@ def _opt_in(planned: Plan, new: list[nn.Module], backend: str) -> None:
     for decoder in planned.modules:
         if (opt_in := OptIn.of(decoder)) and planned.patch.is_decoder(decoder):
             opt_in.layers = len(patched_layers(decoder, planned.patch))
+
+
+def _remember_adapters(model: nn.Module, *, verify: bool) -> None:
+    """Notes which adapters were there; those that come later are checked at their first packed call."""
+    there = {adapters_of(module) for module in model.modules()}
+    for module in model.modules():
+        if opt_in := OptIn.of(module):
+            opt_in.check = verify_added_adapters if verify else None
+            opt_in.checked_adapters |= there
 
 
 def _opt_out(modules: list[nn.Module]) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import nn
 
-from ..errors import PadfreeError
+from ..adapters import check_adapters
 from ..registry import Patch, patch_for
 from ..seams import KINDS
 from ..wrapping.seam import Seam
@@ -27,19 +27,8 @@ def plan(model: nn.Module) -> Plan:
     Raises PadfreeError if there is no patch for the model, or upstream's code is not what the patch was made for.
     """
     patch = patch_for(model)
-    check_no_virtual_tokens(model)
+    check_adapters(model)
     found = [kind.find(model, patch) for kind in KINDS]
     modules = {id(module): module for each in found for module in each.modules}
     seams = {seam for each in found for seam in each.seams}
     return Plan(patch, tuple(modules.values()), tuple(sorted(seams, key=str)))
-
-
-def check_no_virtual_tokens(model: nn.Module) -> None:
-    """Raises PadfreeError for PEFT's prompt tuning and its kind."""
-    for module in model.modules():
-        config = getattr(module, "active_peft_config", None)  # of a PeftModel
-        if getattr(config, "is_prompt_learning", False):
-            raise PadfreeError(
-                f"{type(module).__name__} with {type(config).__name__} puts virtual tokens before each row, where only "
-                "the first example of a packed row could see them; train it on padded batches"
-            )

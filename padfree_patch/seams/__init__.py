@@ -6,7 +6,7 @@ be, and `answer`, which is what happens there. A new kind is one file here and i
 
 from __future__ import annotations
 
-from . import attention, decoder, flash_attn, generation, head, interface, key_bias, mask, rotary
+from . import adapters, attention, decoder, flash_attn, generation, head, interface, key_bias, mask, rotary
 from .kinds import Kind
 
 KINDS: tuple[Kind, ...] = (
@@ -19,5 +19,6 @@ KINDS: tuple[Kind, ...] = (
     mask,
     key_bias,
     rotary,
+    adapters,
 )
 """In the order in which their checks speak up."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters import adapters_of, check_adapters
 from ..batch.lengths import LENGTH_ARGUMENTS
 from ..batch.packed_batch import PackedBatch, read_batch
 from ..errors import PadfreeError
@@ -78,6 +79,7 @@ def take_batch(call: Call) -> PackedBatch | None:
     _check_result(call)
     if call.arguments.get("position_ids") is not batch.position_ids:  # not read before, by the head
         say_jump(call.module, batch)
+    check_active_adapters(call.module)
     call.arguments["position_ids"] = batch.position_ids
     for name in CACHE_ARGUMENTS:
         call.arguments.pop(name, None)
@@ -95,6 +97,26 @@ def _is_upstreams(call: Call) -> bool:
     if arguments.get("packed_sequences") is not None:  # which only our collators make
         return False
     return id(call.module) in under_way.generating or "write_index" in arguments
+
+
+def is_packed(call: Call) -> bool:
+    """Whether a call is packed, whose arguments stay as they are."""
+    looked_at = call.changed()
+    return _read(looked_at, _take_lengths(looked_at.arguments)) is not None
+
+
+def check_active_adapters(module: nn.Module) -> None:
+    """Checks the active adapters of a module that is called with a packed row, unless they were checked before.
+
+    Raises PadfreeError if they can't serve one.
+    """
+    opt_in, adapters = OptIn.of(module), adapters_of(module)
+    if opt_in is None or opt_in.has_checked(adapters):
+        return
+    check_adapters(module)
+    if opt_in.check is not None:
+        opt_in.check(module)
+    opt_in.checked_adapters |= {adapters_of(each) for each in module.modules()}
 
 
 def _take_lengths(arguments: dict[str, Any]) -> dict[str, Any]:

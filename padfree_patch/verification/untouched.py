@@ -8,7 +8,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from ..adapters import why_not_packed
 from ..models import pretrained_modules
+from ..wrapping.opt_in import OptIn
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -26,6 +28,8 @@ def why_it_cannot_run(model: nn.Module) -> str | None:
     """Says why no probe can run the model; None if one can."""
     if not pretrained_modules(model):
         return "no transformers model inside"
+    if reason := why_not_packed(model):
+        return reason
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             return f"parameter {name} is on the meta device"
@@ -47,6 +51,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_modes_put_back(model))
         stack.enter_context(_buffers_put_back(model))
+        stack.enter_context(_adapters_unchecked(model))
+        if hasattr(torch.compiler, "set_stance"):  # torch 2.6 on; before it, what is compiled inside is compiled again
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         for device_type in {device.type for device in devices}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
@@ -63,6 +70,20 @@ def _modes_put_back(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training:
             module.training = mode
+
+
+@contextmanager
+def _adapters_unchecked(model: nn.Module) -> Iterator[None]:
+    """Lets the calls of a check pass without another check of the adapters."""
+    opt_ins = [opt_in for module in model.modules() if (opt_in := OptIn.of(module))]
+    before = [opt_in.being_checked for opt_in in opt_ins]
+    for opt_in in opt_ins:
+        opt_in.being_checked = True
+    try:
+        yield
+    finally:
+        for opt_in, was in zip(opt_ins, before):
+            opt_in.being_checked = was
 
 
 @contextmanager

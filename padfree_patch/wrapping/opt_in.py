@@ -9,10 +9,12 @@ from __future__ import annotations
 import gc
 import types
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from ..adapters import Adapters
 from .seam import ORIGINAL, Seam, installed, lock
 
 ATTRIBUTE = "_padfree_patch"
@@ -28,7 +30,17 @@ class OptIn:
         """Of a decoder: layers whose attention was patched when it was."""
         self.set_aside: dict[str, Any] = {}
         """What stood in the module's `__dict__` and would have gone past the patched class."""
+        self.check: Callable[[nn.Module], None] | None = None
+        """Checks adapters that came after `apply`, at their first packed call; None if `apply` was to check nothing."""
+        self.checked_adapters: set[Adapters] = set()
+        """The active adapters, each time that they were checked."""
+        self.being_checked = False
+        """Whether a check runs, whose own calls need no other."""
         living.add(self)
+
+    def has_checked(self, adapters: Adapters) -> bool:
+        """Whether nothing is to be checked of a call with these adapters."""
+        return self.being_checked or not adapters or adapters in self.checked_adapters
 
     @staticmethod
     def of(module: nn.Module) -> OptIn | None:
@@ -54,10 +66,12 @@ class OptIn:
             vars(module).update(opt_in.set_aside)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptIn:
-        return OptIn(self.model_type, self.backend, self.seams, self.layers)
+        twin = OptIn(self.model_type, self.backend, self.seams, self.layers)
+        twin.check, twin.checked_adapters = self.check, set(self.checked_adapters)
+        return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, (self.model_type, self.backend, self.seams)
+        return _unpickle, (self.model_type, self.backend, self.seams), {"check": self.check}
 
 
 living: weakref.WeakSet[OptIn] = weakref.WeakSet()

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,6 +40,8 @@ class Seam:
     """What happens instead of the function itself."""
     takes: tuple[str, ...] = ()
     """Names of arguments that the wrapper takes beside the function's own, and shows in its signature."""
+    optional: bool = False
+    """Whether the place is left alone if nobody has imported it: a saved model is loaded without the library too."""
 
     def __str__(self) -> str:
         if isinstance(self.owner, str):
@@ -48,6 +51,8 @@ class Seam:
 
     def install(self) -> None:
         """Wraps the function that stands there; does nothing if that is our wrapper already."""
+        if self.optional and isinstance(self.owner, str) and self.owner.partition(":")[0] not in sys.modules:
+            return
         with lock:
             holder, here = _holder(self.owner, self.name), installed.setdefault(self, [])
             own = _own_entries(holder).get(self.name, _ABSENT)
