@@ -50,6 +50,11 @@ def needs_task_ids(model: nn.Module) -> bool:
     return any(_method(config) == "POLY" for _, config in _all_active(model))
 
 
+def has_own_loss(module: nn.Module) -> bool:
+    """Whether an active adapter of a module computes a loss of its own from the labels (Shadow)."""
+    return any(_method(config) == "SHADOW" for config in active_configs(module).values())
+
+
 def why_not_packed(model: nn.Module) -> str | None:
     """Says which active adapter in a model can't serve a packed row, why, and what to do; None if each can."""
     for module, config in _all_active(model):
@@ -86,5 +91,10 @@ def _what_it_does_to_rows(config: object) -> str | None:
         return (
             "(activated LoRA) begins where a row has its invocation tokens for the last time, so that it would be off "
             f"in every example of a packed row but the last; {_ON_PADDED}"
+        )
+    if getattr(getattr(config, "velora_config", None), "init_type", "random") != "random":
+        return (
+            "(VeLoRA) estimates each example's gradients by the mean over all tokens of a batch, so that examples mix "
+            "in padded batches too; give its VeloraConfig init_type='random'"
         )
     return _PER_BATCH.get(_method(config))

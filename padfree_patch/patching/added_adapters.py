@@ -27,6 +27,6 @@ def verify_added_adapters(module: nn.Module) -> None:
     except Exception as error:
         raise PadfreeError(f"{who} can't run a packed row: {error!r}; {todo}") from error
     if result.skipped:
-        warnings.warn(f"padfree_patch could not check {who.rstrip(',')}: {result.skipped}", stacklevel=2)
+        warnings.warn(f"padfree_patch could not check {who[:-1]}: {result.skipped}", stacklevel=2)
     elif not result:
-        raise result.error(who.rstrip(","), outcome=todo)
+        raise result.error(who, outcome=todo)

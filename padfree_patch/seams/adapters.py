@@ -1,7 +1,8 @@
 """The forward of PEFT's models, which works per row before a patched model in it sees anything.
 
 A packed row with an adapter that can't serve it is refused there. Adapters that came after apply are checked at their
-first packed call, outside everything that PEFT does for a call.
+first packed call, outside everything that PEFT does for a call. A loss that an adapter computes itself crosses no
+boundary.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import adapters_of
+from ..adapters import adapters_of, has_own_loss
 from ..registry import Patch
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import Seam
+from .head import ignore_boundaries
 from .kinds import Found
-from .model_call import check_active_adapters, is_packed
+from .model_call import batch_of_call, check_active_adapters
 from .model_call import concerns as may_be_packed
 
 NAME = "adapters"
@@ -45,17 +47,19 @@ def _with_subclasses(cls: type | None) -> list[type]:
 
 def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     opt_in = OptIn.of(args[0])  # of the patched model inside: PEFT looks there for what it does not have itself
-    if opt_in is None or opt_in.has_checked(adapters_of(args[0])):
+    if opt_in is None or (opt_in.has_checked(adapters_of(args[0])) and not has_own_loss(args[0])):
         return False
     return may_be_packed(args, kwargs)
 
 
 def answer(call: Call) -> Any:
-    _check(call)
+    _prepare(call)
     return call.proceed()
 
 
 @torch.compiler.disable
-def _check(call: Call) -> None:
-    if is_packed(call):
+def _prepare(call: Call) -> None:
+    batch = batch_of_call(call)
+    if batch is not None:
         check_active_adapters(call.module)
+        ignore_boundaries(call.arguments, batch)

@@ -64,7 +64,7 @@ def _prepare(call: Call) -> PackedBatch | None:
         )
     arguments["attention_mask"] = _without_segments(arguments.get("attention_mask"))
     if any(base.__name__.endswith("ForCausalLM") for base in type(module).__mro__):
-        _ignore_boundaries(arguments, batch)
+        ignore_boundaries(arguments, batch)
     return batch
 
 
@@ -78,7 +78,7 @@ def _without_segments(mask: object) -> Tensor | None:
     return mask if mask.dtype == torch.bool else (mask != 0).to(mask.dtype)
 
 
-def _ignore_boundaries(arguments: dict[str, Any], batch: PackedBatch) -> None:
+def ignore_boundaries(arguments: dict[str, Any], batch: PackedBatch) -> None:
     """Sets labels (B, T) to -100 where they say what follows a sequence's last token: the next sequence's first."""
     for name in ("labels", "shift_labels"):
         labels = arguments.get(name)

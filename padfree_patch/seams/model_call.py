@@ -99,10 +99,10 @@ def _is_upstreams(call: Call) -> bool:
     return id(call.module) in under_way.generating or "write_index" in arguments
 
 
-def is_packed(call: Call) -> bool:
-    """Whether a call is packed, whose arguments stay as they are."""
+def batch_of_call(call: Call) -> PackedBatch | None:
+    """Returns the packed batch of a call, or None if it is ordinary. The call's arguments stay as they are."""
     looked_at = call.changed()
-    return _read(looked_at, _take_lengths(looked_at.arguments)) is not None
+    return _read(looked_at, _take_lengths(looked_at.arguments))
 
 
 def check_active_adapters(module: nn.Module) -> None:

@@ -21,8 +21,8 @@ def embed_each_alone(decoder: Any, arguments: dict[str, Any], batch: PackedBatch
 
     Raises PadfreeError if the caller gave embeddings: whatever noise they have is the row's.
     """
-    embeddings = decoder.get_input_embeddings()
-    if not _adds_noise(embeddings):
+    embeddings = _embeddings_of(decoder)
+    if embeddings is None or not _adds_noise(embeddings):
         return
     ids = arguments.pop("input_ids", None)
     if ids is None:
@@ -32,6 +32,15 @@ def embed_each_alone(decoder: Any, arguments: dict[str, Any], batch: PackedBatch
         )
     examples = ids.reshape(1, -1).split(list(batch.sequences.lengths), dim=1)
     arguments["inputs_embeds"] = torch.cat([embeddings(each) for each in examples], dim=1).view(*ids.shape, -1)
+
+
+def _embeddings_of(decoder: Any) -> nn.Module | None:
+    """Returns a decoder's embeddings; None if they were taken out, as PEFT's Shadow does, whose decoder uses others'."""
+    try:
+        found: nn.Module | None = decoder.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found
 
 
 def _adds_noise(embeddings: nn.Module) -> bool:
