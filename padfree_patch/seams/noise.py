@@ -35,7 +35,7 @@ def embed_each_alone(decoder: Any, arguments: dict[str, Any], batch: PackedBatch
 
 
 def _embeddings_of(decoder: Any) -> nn.Module | None:
-    """Returns a decoder's embeddings; None if they were taken out, as PEFT's Shadow does, whose decoder uses others'."""
+    """Returns a decoder's embeddings; None if they were taken out, as PEFT's Shadow does of its own decoder."""
     try:
         found: nn.Module | None = decoder.get_input_embeddings()
     except (AttributeError, NotImplementedError):
