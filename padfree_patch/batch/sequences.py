@@ -28,22 +28,30 @@ class PackedSequences:
     ([0, 2, 6, 9], 4, 9)
     """
 
-    __slots__ = ("_cu_seqlens", "_derived", "_lengths", "_max_seqlen", "_total")
+    __slots__ = ("_cu_seqlens", "_derived", "_lengths", "_max_seqlen", "_padding", "_total")
 
     _cu_seqlens: Tensor
     _derived: dict[str, Any]
     _lengths: tuple[int, ...] | None
     _max_seqlen: int
+    _padding: int
     _total: int
 
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, total: int, lengths: tuple[int, ...] | None = None):
+    def __init__(
+        self,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        total: int,
+        lengths: tuple[int, ...] | None = None,
+        padding: int = 0,
+    ):
         """Makes them from all that there is to know; `from_lengths` and its neighbours need less.
 
         Raises PadfreeError if the arguments contradict each other.
         """
         made = PackedSequences.from_cu_seqlens(cu_seqlens, max_seqlen=max_seqlen, total=total)
         if lengths is not None:
-            given = PackedSequences.from_lengths(lengths, device=made._cu_seqlens.device, total=total)
+            given = PackedSequences.from_lengths(lengths, device=made._cu_seqlens.device, total=total, padding=padding)
             check_on_device(made.agrees_with(given), f"PackedSequences: cu_seqlens do not hold the lengths {lengths}")
             made = given
         for name in PackedSequences.__slots__:
@@ -51,12 +59,12 @@ class PackedSequences:
 
     @classmethod
     def _checked(
-        cls, cu_seqlens: Tensor, max_seqlen: int, total: int, lengths: tuple[int, ...] | None
+        cls, cu_seqlens: Tensor, max_seqlen: int, total: int, lengths: tuple[int, ...] | None, padding: int = 0
     ) -> PackedSequences:
         """Makes them from what is known to be right, and a tensor that nobody else holds."""
         self = cls.__new__(cls)
         self._cu_seqlens, self._max_seqlen, self._total, self._lengths = cu_seqlens, max_seqlen, total, lengths
-        self._derived = {}
+        self._padding, self._derived = padding, {}
         return self
 
     @property
@@ -76,6 +84,11 @@ class PackedSequences:
     def total(self) -> int:
         """Tokens in all of them together."""
         return self._total
+
+    @property
+    def padding(self) -> int:
+        """Tokens of the last sequence if it is padding, which a collator added to reach a multiple; 0 if not."""
+        return self._padding
 
     @property
     def derived(self) -> dict[str, Any]:
@@ -123,7 +136,7 @@ class PackedSequences:
         return f"PackedSequences({len(self)} sequences, {self.total} tokens, longest {self.max_seqlen})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PackedSequences, (self._cu_seqlens, self._max_seqlen, self._total, self._lengths)
+        return PackedSequences, (self._cu_seqlens, self._max_seqlen, self._total, self._lengths, self._padding)
 
     def agrees_with(self, other: PackedSequences) -> Tensor:
         """Returns bool (): whether both, of as many tokens, hold the same sequences. No device sync."""
@@ -140,7 +153,7 @@ class PackedSequences:
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedSequences:
         """Returns the same sequences with `cu_seqlens` on another device; data loaders call this to move a batch."""
         cu_seqlens = self._cu_seqlens.to(device, non_blocking=non_blocking)
-        return PackedSequences._checked(cu_seqlens, self._max_seqlen, self._total, self._lengths)
+        return PackedSequences._checked(cu_seqlens, self._max_seqlen, self._total, self._lengths, self._padding)
 
     def position_ids(self) -> Tensor:
         """Returns int64 (total,): 0, 1, 2, ... restarting at every sequence. No device sync."""
@@ -150,7 +163,12 @@ class PackedSequences:
 
     @classmethod
     def from_lengths(
-        cls, lengths: Iterable[int], *, device: torch.device | str | None = None, total: int | None = None
+        cls,
+        lengths: Iterable[int],
+        *,
+        device: torch.device | str | None = None,
+        total: int | None = None,
+        padding: int = 0,
     ) -> PackedSequences:
         """Makes them from tokens per sequence.
 
@@ -158,8 +176,10 @@ class PackedSequences:
             lengths: positive integers.
             device: where `cu_seqlens` goes.
             total: tokens that the lengths must cover, if known.
+            padding: tokens of the last sequence if it is padding, else 0.
 
-        Raises PadfreeError if there is no sequence, one is empty, or they do not add up to `total`.
+        Raises PadfreeError if there is no sequence, one is empty, they do not add up to `total`, or the last one is not
+        of `padding` tokens.
         """
         try:
             lengths = tuple(operator.index(length) for length in lengths)
@@ -170,13 +190,15 @@ class PackedSequences:
         if min(lengths) < 1:
             where = next(i for i, length in enumerate(lengths) if length < 1)
             raise PadfreeError(f"sequence {where} has length {lengths[where]}; leave empty sequences out")
+        if padding not in (0, lengths[-1]):
+            raise PadfreeError(f"padding is {padding} tokens, but the last sequence has {lengths[-1]}")
         covered = sum(lengths)
         if total is not None and covered != total:
             raise PadfreeError(f"the lengths cover {covered} tokens, but the batch has {total}")
         if covered > _MOST_TOKENS:
             raise PadfreeError(f"the lengths cover {covered} tokens, more than int32 can count ({_MOST_TOKENS})")
         cu_seqlens = _cumulated(lengths).to(device or "cpu", non_blocking=True)
-        return cls._checked(cu_seqlens, max(lengths), covered, lengths)
+        return cls._checked(cu_seqlens, max(lengths), covered, lengths, padding)
 
     @classmethod
     def from_cu_seqlens(

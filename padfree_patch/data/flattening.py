@@ -79,7 +79,8 @@ class DataCollatorWithFlattening:
             `packed_sequences`. An unpatched model refuses or ignores them.
         return_seq_idx: return `seq_idx`, the number of the example that a token belongs to, int32 (1, T).
         position_ids_start: position of each example's first token.
-        pad_to_multiple_of: lengthen the row to a multiple of it by one more sequence, of padding, with labels -100.
+        pad_to_multiple_of: lengthen the row to a multiple of it by one more sequence, of padding, with labels -100. The
+            batch then holds `packed_sequences`, which tell a patched mixture of experts what not to count.
         pad_token_id: the token that this sequence repeats.
         max_tokens: most tokens of a row. Examples at the end of the batch that would make it longer are left out;
             `dropped_examples` and `dropped_tokens` count them, and a warning says so.
@@ -150,7 +151,7 @@ class DataCollatorWithFlattening:
         features, tokens, labels = features[:fitting], tokens[:fitting], labels[:fitting]
         lengths = [length for i, each in enumerate(features) for length in lengths_inside(each, len(tokens[i]), i)]
         padding = -sum(lengths) % (self.pad_to_multiple_of or 1)
-        sequences = PackedSequences.from_lengths([*lengths, padding] if padding else lengths)
+        sequences = PackedSequences.from_lengths([*lengths, padding] if padding else lengths, padding=padding)
         separator = self.separator_id if separator_id is None else separator_id
         batch: dict[str, object] = {
             "input_ids": join_row(tokens, padding, self.pad_token_id),
@@ -159,7 +160,7 @@ class DataCollatorWithFlattening:
             **self._more_fields(features, [len(each) for each in tokens], padding),
         }
         batch = as_tensors(batch, return_tensors or self.return_tensors)
-        if self.return_flash_attn_kwargs:
+        if self.return_flash_attn_kwargs or padding:  # of which nothing else tells
             batch["packed_sequences"] = sequences
         return batch
 

@@ -74,6 +74,8 @@ def real_tokens(rows: int, length: int, mask: Tensor | None) -> int | Tensor:
 def ends_with_padding(batch: PackedBatch, labels: Tensor | None) -> int | Tensor:
     """Returns 1 if the last sequence is what a collator added to reach a multiple, and 0 if not. Reads no device."""
     last = batch.sequences.lengths[-1]
+    if batch.sequences.padding:
+        return 1
     if not isinstance(labels, Tensor) or last == 1:
         return 0
     return (labels.reshape(-1)[-last:] == IGNORED_LABEL).all().long()

@@ -62,19 +62,21 @@ def _prepare(call: Call) -> PackedBatch | None:
         raise PadfreeError(
             f"{type(module).__name__} is patched, but the {type(decoder).__name__} in it is not; call apply again"
         )
-    arguments["attention_mask"] = _without_segments(arguments.get("attention_mask"))
+    arguments["attention_mask"] = _mask_of_real_tokens(arguments.get("attention_mask"), batch)
     if any(base.__name__.endswith("ForCausalLM") for base in type(module).__mro__):
         ignore_boundaries(arguments, batch)
     return batch
 
 
-def _without_segments(mask: object) -> Tensor | None:
+def _mask_of_real_tokens(mask: object, batch: PackedBatch) -> Tensor | None:
     """Returns what a head may do with a mask, now that the boundaries are known: tell real tokens from padding.
 
     The auxiliary loss of a mixture of experts is over the real ones.
     """
     if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return None
+        total, padding = batch.sequences.total, batch.sequences.padding
+        real = torch.arange(total, device=batch.position_ids.device) < total - padding
+        return real.long().view(batch.position_ids.shape) if padding else None
     return mask if mask.dtype == torch.bool else (mask != 0).to(mask.dtype)
 
 
