@@ -208,7 +208,8 @@ def _in_trls_form(batch: dict[str, Any], kind: str) -> dict[str, Any]:
     """Returns a flattened batch with its lengths as TRL's collator has them: each with a batch dimension of 1."""
     longest = as_tensors({"longest": np.array([batch["max_length_q"]], dtype=np.int64)}, kind)["longest"]
     in_rows = {name: batch[name][None] for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
-    others = {name: value for name, value in batch.items() if name != "packed_sequences"}
+    padded = batch["packed_sequences"].padding  # of which nothing else tells
+    others = {name: value for name, value in batch.items() if padded or name != "packed_sequences"}
     return {**others, **in_rows, "max_length_q": longest, "max_length_k": longest}
 
 
