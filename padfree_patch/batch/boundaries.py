@@ -71,6 +71,12 @@ def lengths_of_positions(position_ids: Tensor) -> list[int]:
     return _run_lengths(_breaks(_whole_positions(_rows(position_ids, "position_ids"), position_ids.dtype)))
 
 
+def jump_of_positions(position_ids: Tensor) -> Jump | None:
+    """Returns the first place where positions (T,) or (B, T) jump ahead; None if there is none. One device sync."""
+    positions = _whole_positions(_rows(position_ids, "position_ids"), position_ids.dtype)
+    return _first_jump(positions, _breaks(positions))
+
+
 def lengths_of_mask(attention_mask: Tensor) -> list[int]:
     """Returns tokens per sequence from a mask (T,) or (B, T) of 0/1 or segment numbers. One device sync."""
     segments = check_whole(_rows(attention_mask, "attention_mask"), attention_mask.dtype, "attention_mask")

@@ -77,4 +77,6 @@ def check_on_device(good: Tensor, message: str, details: Callable[[], str] = str
 
 def _widened(tensor: Tensor) -> Tensor:
     """Returns int64 or float64: numpy knows no bfloat16, and small integers would wrap when something is added."""
+    if tensor.is_complex():
+        raise PadfreeError(f"{str(tensor.dtype).removeprefix('torch.')} where positions or segment numbers should be")
     return tensor.double() if tensor.is_floating_point() else tensor.long()

@@ -135,7 +135,8 @@ def _check_cu_seqlens(first: str, sequences: PackedSequences, name: str, cu_seql
     _check_whole(name, cu_seqlens)
     on_device = isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type != "cpu"
     longest = sequences.max_seqlen if on_device else None  # known, nothing has to be read there
-    other = PackedSequences.from_cu_seqlens(cu_seqlens, max_seqlen=longest, total=sequences.total)
+    here = sequences.kernel_cu_seqlens().device
+    other = PackedSequences.from_cu_seqlens(cu_seqlens, max_seqlen=longest, total=sequences.total, device=here)
     message = f"{first} and {name} disagree"
     check_on_device(sequences.agrees_with(other), message, lambda: f"({sequences.lengths} against {other.lengths})")
 

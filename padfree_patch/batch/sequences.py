@@ -142,7 +142,7 @@ class PackedSequences:
         """Returns bool (): whether both, of as many tokens, hold the same sequences. No device sync."""
         if self._lengths is not None and other._lengths is not None:
             return torch.tensor(self._lengths == other._lengths)
-        here = other._cu_seqlens.device
+        here = self._cu_seqlens.device
         both = [torch.zeros(self._total + 1, dtype=torch.bool, device=here) for _ in range(2)]
         mine, its = (
             each.index_fill_(0, cu.to(here, torch.int64), True)
@@ -244,7 +244,7 @@ class PackedSequences:
         lengths = cu.diff()
         fit = (lengths > 0) | ((lengths == 0) & (cu[:-1] == total))
         good = (cu[0] == 0) & (cu[-1] == total) & fit.all() & (lengths.max() <= longest)
-        torch._assert_async(good, f"cu_seqlens do not fit {total} tokens with max_seqlen {max_seqlen}")
+        check_on_device(good, f"cu_seqlens do not fit {total} tokens with max_seqlen {max_seqlen}")
         return cls._checked(cu.int(), longest, total, None)
 
     @classmethod

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..batch.boundaries import lengths_of_segments
+from ..batch.boundaries import jump_of_positions, lengths_of_segments
 from ..batch.sequences import PackedSequences
 from ..errors import PadfreeError
 
@@ -124,12 +124,23 @@ def mask_values(feature: Feature, name: str, tokens: int, place: str) -> Numbers
     return values
 
 
-def lengths_inside(feature: Feature, tokens: int, index: int) -> list[int]:
+def lengths_inside(feature: Feature, tokens: int, index: int, *, keeps_positions: bool = False) -> list[int]:
     """Returns tokens per example of a feature, which may itself be a packed row of several examples.
+
+    Args:
+        feature: the example.
+        tokens: how many it has.
+        index: in the batch.
+        keeps_positions: whether its position_ids go into the batch as they are, so that other fields say where
+            examples end.
 
     Raises PadfreeError if its fields disagree about them, or do not cover its number of `tokens`.
     """
     lengths_by_field = _lengths_by_field(feature, tokens, index)
+    if keeps_positions:
+        lengths_by_field.pop("position_ids", None)
+    else:
+        _check_no_jump(feature, lengths_by_field, index)
     if not lengths_by_field:
         return [tokens]
     lengths, *others = lengths_by_field.values()
@@ -160,6 +171,21 @@ def _lengths_by_field(feature: Feature, tokens: int, index: int) -> dict[str, li
     if isinstance(packed := feature.get("packed_sequences"), PackedSequences):
         lengths["packed_sequences"] = list(packed.lengths)
     return lengths
+
+
+def _check_no_jump(feature: Feature, lengths_by_field: dict[str, list[int]], index: int) -> None:
+    """Raises PadfreeError for position_ids that jump ahead where no other field says that an example ends."""
+    said = lengths_by_field.get("position_ids")
+    if said is None or list(lengths_by_field.values()).count(said) > 1:
+        return
+    jump = jump_of_positions(torch.from_numpy(token_values(feature, "position_ids", index)))
+    if jump is not None:
+        raise PadfreeError(
+            f"example {index}: position_ids jump ahead from {jump.before} to {jump.after} after token {jump.token}. If "
+            f"an example ends there, give seq_lengths={said} too. If the text goes on, its positions would be lost, "
+            "because the collator counts its own: name position_ids in token_fields=, and give seq_lengths and "
+            "return_flash_attn_kwargs=True, or leave the field out"
+        )
 
 
 def _lengths_of_segments(feature: Feature, name: str, index: int) -> list[int]:

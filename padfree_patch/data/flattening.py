@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict
@@ -149,7 +150,9 @@ class DataCollatorWithFlattening:
         tokens, labels = _tokens_and_labels(features)
         fitting = self._count_that_fit([len(each) for each in tokens])
         features, tokens, labels = features[:fitting], tokens[:fitting], labels[:fitting]
-        lengths = [length for i, each in enumerate(features) for length in lengths_inside(each, len(tokens[i]), i)]
+        keeps = "position_ids" in self.token_fields
+        inside = [lengths_inside(each, len(tokens[i]), i, keeps_positions=keeps) for i, each in enumerate(features)]
+        lengths = list(itertools.chain.from_iterable(inside))
         padding = -sum(lengths) % (self.pad_to_multiple_of or 1)
         sequences = PackedSequences.from_lengths([*lengths, padding] if padding else lengths, padding=padding)
         separator = self.separator_id if separator_id is None else separator_id

@@ -19,6 +19,9 @@ from .diagnosis import Seen, causes
 from .figures import FIGURES, Counts, ends_with_padding, of_all_processes, real_tokens
 from .trackers import calling_trainer, put_first, show_in_notebooks
 
+_Arguments = tuple[tuple[object, ...], dict[str, Any]]
+"""Of a call: by position, and by name."""
+
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -148,14 +151,16 @@ class PaddingFreeCallback(TrainerCallback):
             self._hook.remove()
             self._hook = self._model = None
 
-    def _watch(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+    def _watch(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> _Arguments | None:
         """Counts a training batch on its way into the model.
+
+        Returns, if it is packed, the arguments with a copy of the positions, by which the model finds what was read.
 
         Raises PadfreeError if it is packed and the model is not patched.
         """
         tokens = tokens_of({**kwargs, "input_ids": args[0]} if args else kwargs)
         if not model.training or tokens is None or tokens.dim() < 2:
-            return
+            return None
         rows, length = int(tokens.shape[0]), int(tokens.shape[1])
         batch = read_batch(
             (rows, length),
@@ -170,7 +175,7 @@ class PaddingFreeCallback(TrainerCallback):
         self._seen.add(rows, length, real_tokens(rows, length, mask))
         if batch is None:
             self._counts.add_ordinary(rows, length, mask)
-            return
+            return None
         if not self._is_patched:
             raise PadfreeError(
                 f"{type(model).__name__} is given packed rows, but it is not patched; call padfree_patch.apply(model) "
@@ -179,3 +184,4 @@ class PaddingFreeCallback(TrainerCallback):
         padding = ends_with_padding(batch, kwargs.get("labels"))
         self._counts.add_packed(batch, padding)
         self._seen.packed += len(batch.sequences) - padding > rows
+        return None if kwargs.get("position_ids") is None else (args, {**kwargs, "position_ids": batch.position_ids})

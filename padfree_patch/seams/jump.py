@@ -17,7 +17,7 @@ def say_jump(model: nn.Module, batch: PackedBatch) -> None:
     jump = batch.jump
     if jump is None or model in _told:
         return
-    _told.add(model)
+    _told.update(model.modules())  # the decoder in it is given the same batch
     warnings.warn(
         f"{type(model).__name__}: in row {jump.row} the position jumps ahead from {jump.before} (token {jump.token}) "
         f"to {jump.after} (token {jump.token + 1}), and nothing else says whether an example ends there. It is read as "
