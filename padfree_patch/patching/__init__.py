@@ -12,16 +12,15 @@ from torch import nn
 
 from .. import attention, verification, versions
 from ..adapters import adapters_of
-from ..batch.packed_batch import known_batches
 from ..errors import PadfreeError
 from ..registry import Patch
 from ..seams.answers import patched_layers
 from ..seams.decoder import IMPLEMENTATIONS
-from ..seams.window import measured
-from ..wrapping.opt_in import OptIn, living, remove_unused_seams
+from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import lock
 from .added_adapters import verify_added_adapters
 from .plan import Plan, plan
+from .state import State, remove_unused
 
 __all__ = ["IMPLEMENTATIONS", "applied", "apply", "is_applied", "places", "restore"]
 
@@ -43,19 +42,14 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
     """
     attention.check_name(backend)
     planned = plan(model)
-    before = _backends(model)
-    new = [module for module in planned.modules if OptIn.of(module) is None]
+    before = State(model)
     try:
-        _opt_in(planned, new, backend)
-        for opt_in in before:
-            opt_in.backend = backend
+        _opt_in(planned, list(before.opt_ins.values()), backend)
         verified = verify and _verify(planned.patch, model)
         _report_if_untested(planned.patch, verified=verified)
         _remember_adapters(model, verify=verify)
     except BaseException:
-        _opt_out(new)
-        for opt_in, old in before.items():
-            opt_in.backend = old
+        before.put_back()
         raise
     return model
 
@@ -64,22 +58,19 @@ def restore(model: Model) -> Model:
     """Takes `apply` back; a model that is not patched is left as it is. Returns the same object."""
     for module in model.modules():
         OptIn.detach(module)
-    _remove_unused()
+    remove_unused()
     return model
 
 
 @contextmanager
 def applied(model: Model, *, backend: str = "auto", verify: bool = True) -> Iterator[Model]:
     """Applies, and restores at the end, also after an error. A model that was patched before stays as it was then."""
-    before = _backends(model)
+    before = State(model)
     apply(model, backend=backend, verify=verify)
     try:
         yield model
     finally:
-        if not before:
-            restore(model)
-        for opt_in, old in before.items():
-            opt_in.backend = old
+        before.put_back()
 
 
 def is_applied(model: nn.Module) -> bool:
@@ -93,20 +84,20 @@ def places(model: nn.Module) -> tuple[str, ...]:
     return tuple(sorted(str(seam) for seam in seams))
 
 
-def _backends(model: nn.Module) -> dict[OptIn, str]:
-    """Returns the backend of every module that is patched already."""
-    return {opt_in: opt_in.backend for module in model.modules() if (opt_in := OptIn.of(module))}
-
-
-def _opt_in(planned: Plan, new: list[nn.Module], backend: str) -> None:
+def _opt_in(planned: Plan, before: list[OptIn], backend: str) -> None:
+    new = [module for module in planned.modules if OptIn.of(module) is None]
     with lock:  # or another thread's restore could find the seams unused in between
+        # Before the seams: garbage that is collected in between takes out those that nobody needs.
+        opt_ins = [OptIn(planned.patch.model_type, backend, planned.seams) for _ in new]
         for seam in planned.seams:
             seam.install()
-        for module in new:
-            OptIn(planned.patch.model_type, backend, planned.seams).attach(module)
+        for module, opt_in in zip(new, opt_ins):
+            opt_in.attach(module)
+        for opt_in in before:
+            opt_in.backend, opt_in.seams = backend, planned.seams
     for decoder in planned.modules:
-        if (opt_in := OptIn.of(decoder)) and planned.patch.is_decoder(decoder):
-            opt_in.layers = len(patched_layers(decoder, planned.patch))
+        if (opt_in_of_it := OptIn.of(decoder)) and planned.patch.is_decoder(decoder):
+            opt_in_of_it.layers = len(patched_layers(decoder, planned.patch))
 
 
 def _remember_adapters(model: nn.Module, *, verify: bool) -> None:
@@ -116,22 +107,6 @@ def _remember_adapters(model: nn.Module, *, verify: bool) -> None:
         if opt_in := OptIn.of(module):
             opt_in.check = verify_added_adapters if verify else None
             opt_in.checked_adapters |= there
-
-
-def _opt_out(modules: list[nn.Module]) -> None:
-    for module in modules:
-        if opt_in := OptIn.of(module):
-            living.discard(opt_in)  # the error's own frames still hold it, which would keep the seams
-        OptIn.detach(module)
-    _remove_unused()
-
-
-def _remove_unused() -> None:
-    """Puts back what no model needs any more, and with the last model forgets what was read and measured."""
-    remove_unused_seams()
-    if not living:
-        known_batches.clear()
-        measured.clear()
 
 
 def _report_if_untested(patch: Patch, *, verified: bool) -> None:

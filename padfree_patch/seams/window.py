@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -49,10 +50,11 @@ def recipe_of_builder(call: Call) -> Recipe:
 
 
 def _recipe(original: Build, size: int, probe: Callable[[Build], Tensor | None], facts: Hashable) -> Recipe:
-    difference = measured.find((original, facts))
+    key = weakref.ref(original), facts  # a builder of code loaded at run time would keep all of its classes alive
+    difference = measured.find(key)
     if difference is MISSING:
         with torch.no_grad(), torch.device("cpu"):
-            difference = measured.keep((original, facts), _difference(probe(original), original))
+            difference = measured.keep(key, _difference(probe(original), original))
     return CAUSAL if difference is None else Recipe(window=size + difference)
 
 

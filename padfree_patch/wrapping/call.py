@@ -16,8 +16,21 @@ def signature(function: Callable[..., Any]) -> inspect.Signature:
     """Returns the signature of a function of upstream, as it is under upstream's decorators."""
     found = _signatures.get(function)
     if found is None:
-        found = _signatures[function] = inspect.signature(function)
+        found = _without_annotations(inspect.signature(function))
+        if all(isinstance(each.default, _PLAIN) or each.default is each.empty for each in found.parameters.values()):
+            _signatures[function] = found
     return found
+
+
+_PLAIN = (type(None), bool, int, float, str, tuple)
+"""Types of defaults that may be kept; others could keep the function that they are a default of alive."""
+
+
+def _without_annotations(found: inspect.Signature) -> inspect.Signature:
+    """Returns a signature that can be kept: annotations hold classes, and those the very function."""
+    empty = inspect.Signature.empty
+    bare = [each.replace(annotation=empty) for each in found.parameters.values()]
+    return found.replace(parameters=bare, return_annotation=empty)
 
 
 def takes_keyword(function: Callable[..., Any], name: str) -> bool:

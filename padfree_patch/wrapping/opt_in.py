@@ -36,6 +36,7 @@ class OptIn:
         """The active adapters, each time that they were checked."""
         self.being_checked = False
         """Whether a check runs, whose own calls need no other."""
+        weakref.finalize(self, _one_is_gone).atexit = False  # before `living` holds it: then it is called after
         living.add(self)
 
     def has_checked(self, adapters: Adapters) -> bool:
@@ -106,6 +107,24 @@ def remove_unused_seams() -> None:
     with lock:
         if living:
             gc.collect()
-        needed = {seam for opt_in in list(living) for seam in opt_in.seams}
-        for seam in [seam for seam in installed if seam not in needed]:
-            seam.remove()
+        _remove_unneeded()
+
+
+def _remove_unneeded() -> None:
+    of_models = {id(opt_in.seams): opt_in.seams for opt_in in list(living)}  # most are one tuple per model
+    needed = {seam for seams in of_models.values() for seam in seams}
+    for seam in [seam for seam in installed if seam not in needed]:
+        seam.remove()
+
+
+def _one_is_gone() -> None:
+    """Takes out the seams of a model that was dropped without `restore`.
+
+    Called by the garbage collector, in the midst of anything, so it waits for no other thread: if one has the lock, the
+    seams stay until the next `restore` or the next model that goes.
+    """
+    if lock.acquire(blocking=False):
+        try:
+            _remove_unneeded()
+        finally:
+            lock.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import pytest
@@ -48,6 +49,44 @@ def test_applied_leaves_a_patched_model_patched(llama):
     with padfree_patch.applied(llama):
         pass
     assert patching.is_applied(llama)
+
+
+def test_restore_inside_applied_leaves_a_model_patched_that_was_so_before(make, batch, alone):
+    model = padfree_patch.apply(make(), backend="sdpa")
+    with padfree_patch.applied(model), padfree_patch.applied(model):
+        padfree_patch.restore(model)
+    assert_exact(model, batch, alone)
+    assert OptIn.of(model).backend == "sdpa"
+
+
+def test_restore_inside_applied_leaves_a_model_unpatched_that_was_so_before(make):
+    model = make()
+    before = snapshot(model)
+    with padfree_patch.applied(model), padfree_patch.applied(model):
+        padfree_patch.restore(model)
+        padfree_patch.apply(model)
+    assert snapshot(model) == before
+
+
+def test_seams_go_with_the_last_model_that_needs_them(make, llama):
+    """Without any restore: models die of themselves, or in garbage collections."""
+    before = snapshot(llama)
+    models = [padfree_patch.apply(make()) for _ in range(2)]
+    del models[0]
+    gc.collect()
+    assert seam.installed
+    models.clear()
+    gc.collect()
+    assert not seam.installed
+    assert snapshot(llama) == before
+
+
+def test_seams_of_other_models_stay(make, llama, batch):
+    padfree_patch.apply(llama)
+    expected = llama(**batch).logits
+    padfree_patch.apply(make())
+    gc.collect()
+    assert torch.equal(llama(**batch).logits, expected)
 
 
 def test_patches_of_a_dead_model_go_with_the_next_restore(llama):

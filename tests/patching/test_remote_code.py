@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from transformers.models.llama import modeling_llama
 
 from padfree_patch import PadfreeError, apply, verify
 from padfree_patch.registry import registry
-from padfree_patch.testing import CHECKS, tiny_model
+from padfree_patch.testing import CHECKS, examples, pack, tiny_model
 
 pytestmark = pytest.mark.versions
 
@@ -64,6 +66,24 @@ def test_code_that_is_loaded_again_is_patched_again(remote):
     first = apply(made_by(remote()))
     second = apply(made_by(remote()))  # another module object, under the same name
     assert verify(first) and verify(second)
+
+
+def test_class_goes_with_its_last_model(llama):
+    """Nothing that is kept of a function, such as its signature, may hold a class that was made at run time."""
+
+    class Mine(modeling_llama.LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, like=None, **kwargs):
+            kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+            return super().forward(input_ids, **kwargs)
+
+    Mine.forward.__annotations__["like"] = Mine
+    model, other = Mine(llama.config).eval(), apply(llama)
+    apply(model)(**pack(examples((3, 4))))
+    mine = weakref.ref(Mine)
+    del Mine, model
+    gc.collect()
+    assert mine() is None
+    assert verify(other)
 
 
 def test_subclasses_are_patched():
