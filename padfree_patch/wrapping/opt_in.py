@@ -12,9 +12,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from packaging.version import Version
 from torch import nn
 
+from .. import versions
 from ..adapters import Adapters
+from ..errors import PadfreeError
 from .seam import ORIGINAL, Seam, installed, lock
 
 ATTRIBUTE = "_padfree_patch"
@@ -58,6 +61,9 @@ class OptIn:
                 if name == "_old_forward":
                     own[name] = types.MethodType(type(module).forward, module)
         own[ATTRIBUTE] = self
+        for name in list(own):  # ours first: unpickled in another version, it says so before a class is missed
+            if name != ATTRIBUTE:
+                own[name] = own.pop(name)
 
     @staticmethod
     def detach(module: nn.Module) -> None:
@@ -72,20 +78,42 @@ class OptIn:
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, (self.model_type, self.backend, self.seams), {"check": self.check}
+        seams = tuple(seam.by_name() for seam in self.seams)
+        saved_with = str(versions.transformers_version())
+        return _unpickle, (self.model_type, self.backend, seams, self.layers, saved_with), {"check": self.check}
 
 
 living: weakref.WeakSet[OptIn] = weakref.WeakSet()
 """Every OptIn that a module holds, or that an error's frames still hold."""
 
 
-def _unpickle(model_type: str, backend: str, seams: tuple[Seam, ...]) -> OptIn:
-    """Patches what a saved module needs, in another process too."""
+def _unpickle(
+    model_type: str, backend: str, seams: tuple[Seam, ...], layers: int = 0, saved_with: str | None = None
+) -> OptIn:
+    """Patches what a saved module needs, in another process too.
+
+    Raises PadfreeError in another minor version of transformers, or if a class is not where it was.
+    """
+    here = versions.transformers_version()
+    if saved_with is not None and Version(saved_with).release[:2] != here.release[:2]:
+        raise _not_loaded(model_type, saved_with, f"this is transformers {here}, whose classes are others")
+    try:
+        found = tuple(seam.with_its_class() for seam in seams)
+    except (AttributeError, ImportError) as error:
+        raise _not_loaded(model_type, saved_with, f"here, with transformers {here}: {error}") from error
     with lock:
-        opt_in = OptIn(model_type, backend, seams)
-        for seam in seams:
+        opt_in = OptIn(model_type, backend, found, layers)
+        for seam in found:
             seam.install()
     return opt_in
+
+
+def _not_loaded(model_type: str, saved_with: str | None, why: str) -> PadfreeError:
+    return PadfreeError(
+        f"a patched {model_type} model was pickled as a whole with transformers {saved_with or 'unknown'}; {why}. "
+        "Load it where it was saved and save its weights there (save_pretrained, or its state_dict), then load those "
+        "here and call padfree_patch.apply"
+    )
 
 
 def is_class_forward(module: nn.Module, own: object) -> bool:

@@ -18,6 +18,9 @@ ORIGINAL = "__padfree_original__"
 
 _ABSENT = object()
 
+_CLASS = "class "
+"""Before the name of a class in `Seam.owner`, while it is pickled."""
+
 Concerns = Callable[[tuple[Any, ...], dict[str, Any]], bool]
 Answer = Callable[[Call], Any]
 
@@ -48,6 +51,21 @@ class Seam:
             module, _, mapping = self.owner.partition(":")
             return f"{module}.{mapping}[{self.name!r}]" if mapping else f"{module}.{self.name}"
         return f"{self.owner.__module__}.{self.owner.__qualname__}.{self.name}"
+
+    def by_name(self) -> Seam:
+        """Returns the same seam with a class of transformers by its name, to be pickled.
+
+        Pickle misses a class that is gone with an AttributeError; classes of others, it may have to pickle by value.
+        """
+        owner = self.owner
+        if isinstance(owner, str) or not owner.__module__.startswith("transformers."):
+            return self
+        return dataclasses.replace(self, owner=f"{owner.__module__}:{_CLASS}{owner.__qualname__}")
+
+    def with_its_class(self) -> Seam:
+        """Returns the same seam with the class that `by_name` named; AttributeError or ImportError without it."""
+        module, named, name = self.owner.partition(f":{_CLASS}") if isinstance(self.owner, str) else ("", "", "")
+        return dataclasses.replace(self, owner=_attribute(module, name)) if named else self
 
     def install(self) -> None:
         """Wraps the function that stands there; does nothing if that is our wrapper already."""
@@ -149,6 +167,13 @@ def _holder(owner: type | str, name: str) -> Any:
     if name in getattr(found, "_local_mapping", ()):
         return found._local_mapping
     return getattr(found, "_global_mapping", found)
+
+
+def _attribute(module: str, name: str) -> Any:
+    found = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
 
 
 def _own_entries(holder: Any) -> Any:

@@ -11,9 +11,11 @@ import textwrap
 
 import pytest
 import torch
+from packaging.version import Version
 
 import padfree_patch
 from helpers.models import assert_exact
+from padfree_patch import PadfreeError
 from padfree_patch.testing import conformance, examples
 from padfree_patch.wrapping import seam
 from padfree_patch.wrapping.opt_in import OptIn
@@ -55,6 +57,35 @@ def test_saved_module_comes_back_patched_in_another_process(llama, batch, tmp_pa
         assert error < 2e-5, error
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path, check=True)
+
+
+def another_version(monkeypatch):
+    other = Version("4.99.1" if padfree_patch.versions.transformers(">=5") else "5.99.1")
+    monkeypatch.setattr(padfree_patch.versions, "transformers_version", lambda: other)
+    return other
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "opt-in"])
+def test_what_was_saved_in_another_version_says_so(make, whole, monkeypatch):
+    """Also where a class of then is gone, of which pickle says AttributeError."""
+    model = padfree_patch.apply(make())
+    saved = pickle.dumps(model if whole else OptIn.of(model))
+    version, other = padfree_patch.versions.transformers_version(), another_version(monkeypatch)
+    attention = type(model.model.layers[0].self_attn)
+    monkeypatch.delattr(sys.modules[attention.__module__], attention.__name__)
+    says = rf"a patched {model.config.model_type} model was .* transformers {version}; this is transformers {other}"
+    with pytest.raises(PadfreeError, match=says):
+        pickle.loads(saved)
+    monkeypatch.undo()
+    pickle.loads(saved)  # the control
+
+
+def test_patch_whose_class_is_gone_says_so(make, monkeypatch):
+    model = padfree_patch.apply(make())
+    saved = pickle.dumps(OptIn.of(model))
+    monkeypatch.delattr(sys.modules[type(model).__module__], type(model).__name__)
+    with pytest.raises(PadfreeError, match=f"model was pickled as a whole .*{type(model).__name__}"):
+        pickle.loads(saved)
 
 
 def test_opt_in_alone_can_be_pickled(llama):
