@@ -243,7 +243,9 @@ def matrix(session: nox.Session) -> None:
 @timed
 def eras(session: nox.Session) -> None:
     """The matrix on the first and last version of each era, compared with docs/support.json."""
-    _matrix(session, [*ENDS_OF_ERAS, "4.57.6"], "--compare")  # the one between, on which `tests` runs marked tests only
+    _matrix(
+        session, [*ENDS_OF_ERAS, "4.57.6"], "--compare", "--quick"
+    )  # the one between, on which `tests` runs marked tests only
 
 
 def _matrix(session: nox.Session, chosen: list[str], what_then: str, *options: str) -> None:
