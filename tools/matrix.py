@@ -38,7 +38,8 @@ NATIVELY = "--natively" in sys.argv
 
 QUICK = "--quick" in sys.argv
 LONG = (conformance.check_two_forwards, conformance.check_ordinary_calls, conformance.check_rows)
-"""Checks of what an architecture's variants share; two thirds of the time of all checks. Upstream fails in none."""
+"""Checks of what an architecture's variants share; two thirds of the time of all checks."""
+GAP = ": but upstream fails "
 
 Check = Callable[..., None]
 Cells = dict[str, dict[str, dict[str, dict[str, str]]]]
@@ -100,7 +101,7 @@ def verdict(patch: Patch, implementation: str, config: dict[str, Any], without: 
         return f"wrong: verify: {failure}"
     done = [check for check in chosen if check not in gaps]
     natively = NATIVELY and all(failure_of(lambda c=check: c(make, patched=False)) is None for check in done)
-    return ("native-exact" if natively else "exact") + "".join(f": but upstream fails {gap}" for gap in gaps.values())
+    return ("native-exact" if natively else "exact") + "".join(f"{GAP}{gap}" for gap in gaps.values())
 
 
 def failure_of(run: Callable[[], Any]) -> str | None:
@@ -140,11 +141,21 @@ def compare(folder: Path) -> None:
         for model_type, implementations in row.items()
         for implementation, variants in implementations.items()
         for variant, said in variants.items()
-        if said
-        != (known := table[version][model_type].get(implementation, {}).get(variant, "")).removeprefix("native-")
+        if said not in forms_of(known := table[version][model_type].get(implementation, {}).get(variant, ""))
     ]
     if changed:
         sys.exit("\n".join(changed))
+
+
+def forms_of(known: str) -> tuple[str, str]:
+    """Returns what a run without --natively says of a cell, and what it says without the LONG checks as well.
+
+    >>> forms_of("native-exact: but upstream fails check_cost: TypeError: but upstream fails check_rows: ValueError")[1]
+    'exact: but upstream fails check_cost: TypeError'
+    """
+    known = known.removeprefix("native-")
+    word, *gaps = known.split(GAP)
+    return known, GAP.join([word, *(gap for gap in gaps if gap.split(":")[0] not in {each.__name__ for each in LONG})])
 
 
 def read(folder: Path) -> Cells:
