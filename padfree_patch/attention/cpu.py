@@ -21,10 +21,10 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .bfloat16_backward import gradients_by_matmuls
 from .per_sequence import chunk_size, split_by_sequence, working_dtype
+from .second_order import gradients_with_gradients, transformed
 
 CHUNKED_FROM, CHUNKED_UNTIL = 129, 2048
 """The shortest and the longest sequence that chunks speed up, in tokens.
@@ -39,7 +39,7 @@ MATMULS_FROM = 193
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, scale: float, window: int = 0) -> Tensor:
-    """Computes `Backend.attend` for v of k's shape, where `works` is true. Gradients can be taken once, not twice."""
+    """Computes `Backend.attend` for v of k's shape, where `works` is true and no tensor is `transformed`."""
     q, k, v = (_with_dense_rows(x) for x in (q, k, v))
     out: Tensor = _Attention.apply(q, k, v, lengths, scale, window)[0]
     return out
@@ -112,10 +112,14 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: _Context, dout: Tensor, dlse: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, dout: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
+        if dout is None:  # what came after attention has no gradient
+            return None, None, None, None, None, None
         q, k, v, out, lse = ctx.saved_tensors
         lengths, scale, window = ctx.options
+        if torch.is_grad_enabled() or transformed(dout):  # create_graph=True, or many dout at once (vmap)
+            gradients = gradients_with_gradients(dout, q, k, v, lengths, scale=scale, window=window)
+            return *gradients, None, None, None
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         each = split_by_sequence(lengths, _with_dense_rows(dout), q, k, v, out, lse, dq, dk, dv)
         for dout_, q_, k_, v_, out_, lse_, *results in each:

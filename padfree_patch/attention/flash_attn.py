@@ -17,7 +17,8 @@ from .. import versions
 from ..batch.sequences import PackedSequences
 from ..errors import PadfreeError
 from .flash_family import call_varlen_func, kernels_refuse
-from .spec import Needs
+from .second_order import refuse_second_derivatives
+from .spec import Needs, check_shapes
 
 NAME = "flash_attn"
 
@@ -54,6 +55,7 @@ def attend(
 
     Raises PadfreeError if the batch exceeds what the kernel can index (`check_int32_bound`).
     """
+    check_shapes(q, k, v, sequences)
     check_int32_bound(sequences, heads=q.shape[1], head_dim=q.shape[2])
     triton = os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE", "FALSE") == "TRUE"  # as the package itself asks
     if triton:  # its backward reads k, v and the output's gradient with the strides of others, without an error
@@ -63,7 +65,7 @@ def attend(
     )
     if triton and output.requires_grad:
         output.register_hook(Tensor.contiguous)
-    return output
+    return refuse_second_derivatives(output, NAME)
 
 
 def check_int32_bound(sequences: PackedSequences, *, heads: int, head_dim: int) -> None:

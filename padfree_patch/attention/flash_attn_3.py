@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..batch.sequences import PackedSequences
 from .flash_family import call_varlen_func, kernels_refuse
-from .spec import Needs
+from .second_order import refuse_second_derivatives
+from .spec import Needs, check_shapes
 
 NAME = "flash_attn_3"
 
@@ -50,9 +51,11 @@ def attend(
     dropout: float = 0.0,
 ) -> Tensor:
     """Computes attention (`Backend.attend`)."""
+    check_shapes(q, k, v, sequences)
     assert not dropout, "the selector never sends dropout here"
     output = call_varlen_func(_varlen_func(), q, k, v, sequences, scale=scale, window=window, softcap=softcap)
-    return output[0] if isinstance(output, tuple) else output  # builds of 2024 return the log-sum-exp as well
+    output = output[0] if isinstance(output, tuple) else output  # builds of 2024 return the log-sum-exp as well
+    return refuse_second_derivatives(output, NAME)
 
 
 def _varlen_func() -> Callable[..., Tensor | tuple[Tensor, ...]]:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .. import versions
 from ..batch.sequences import PackedSequences
-from .spec import Needs
+from .second_order import refuse_second_derivatives
+from .spec import Needs, check_shapes
 
 if TYPE_CHECKING:  # older torch has none
     from torch.nn.attention.flex_attention import BlockMask
@@ -72,6 +73,7 @@ def attend(
     dropout: float = 0.0,
 ) -> Tensor:
     """Computes attention (`Backend.attend`)."""
+    check_shapes(q, k, v, sequences)
     assert not dropout, "the selector never sends dropout here"
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, heads, T, D)
     with torch._dynamo.config.patch(COMPILATION):
@@ -84,7 +86,7 @@ def attend(
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-    return output.squeeze(0).transpose(0, 1)
+    return refuse_second_derivatives(output.squeeze(0).transpose(0, 1), NAME)
 
 
 def block_mask(sequences: PackedSequences, window: int = 0) -> BlockMask:

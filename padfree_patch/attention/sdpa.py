@@ -20,7 +20,8 @@ from .. import versions
 from ..batch.sequences import PackedSequences
 from . import cpu
 from .per_sequence import chunk_size, split_by_sequence, working_dtype
-from .spec import Needs
+from .second_order import transformed
+from .spec import Needs, check_shapes
 
 NAME = "sdpa"
 
@@ -42,11 +43,13 @@ def attend(
     dropout: float = 0.0,
 ) -> Tensor:
     """Computes attention, on any device and with every option (`Backend.attend`)."""
-    lengths = sequences.lengths
-    if q.device.type == "cpu" and k.shape == v.shape and not (softcap or dropout) and cpu.works():
+    check_shapes(q, k, v, sequences)
+    lengths, on_cpu = sequences.lengths, q.device.type == "cpu"
+    # The public function has no softcap, and on the CPU no dropout without all scores of a sequence in memory. Nor does
+    # anything but matrix products know every transform of torch.func.
+    by_matmuls = bool(softcap) or (bool(dropout) and on_cpu) or transformed(q, k, v)
+    if on_cpu and not by_matmuls and k.shape == v.shape and cpu.works():
         return cpu.attend(q, k, v, lengths, scale=scale, window=window)
-    # The public function has no softcap, and on the CPU no dropout without all scores of a sequence in memory.
-    by_matmuls = bool(softcap) or (bool(dropout) and q.device.type == "cpu")
     attend_chunk: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     if by_matmuls:
         attend_chunk = functools.partial(_matmuls, scale=scale, softcap=softcap, dropout=dropout)
@@ -112,6 +115,8 @@ def _matmuls(
             output = weights @ v.to(working)
             return output.unflatten(2, (groups, -1)).flatten(1, 2).to(q.dtype)
 
+    if transformed(q, k, v):  # torch.func does not take checkpoints
+        return compute(q, k, v)
     return checkpoint(compute, q, k, v, use_reentrant=False, preserve_rng_state=dropout > 0)
 
 

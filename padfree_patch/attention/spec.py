@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..batch.sequences import PackedSequences
+from ..errors import PadfreeError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,3 +73,19 @@ class Backend(Protocol):
         Returns (T, H, D), in the dtype of q.
         """
         ...
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences) -> None:
+    """Raises PadfreeError unless q, k, v and the sequences have the shapes that `Backend.attend` names."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 3:
+        raise PadfreeError(f"attention takes q, k and v as (tokens, heads, head size), found {shapes}")
+    if not len(q) == len(k) == len(v) == sequences.total:
+        raise PadfreeError(f"attention over {sequences.total} tokens takes as many in q, k and v, found {shapes}")
+    heads, key_heads = q.shape[1], k.shape[1]
+    if v.shape[1] != key_heads or not key_heads or heads % key_heads:
+        raise PadfreeError(
+            f"attention takes as many heads in k as in v, and a multiple of them in q; found {shapes} (heads second)"
+        )
+    if q.shape[2] != k.shape[2]:
+        raise PadfreeError(f"attention takes q and k of one head size, found {shapes} (head size last)")

@@ -16,7 +16,8 @@ from torch import Tensor
 from .. import versions
 from ..batch.sequences import PackedSequences
 from .flash_family import kernels_refuse, left_and_right
-from .spec import Needs
+from .second_order import refuse_second_derivatives
+from .spec import Needs, check_shapes
 
 NAME = "torch_varlen"
 
@@ -48,10 +49,11 @@ def attend(
     dropout: float = 0.0,
 ) -> Tensor:
     """Computes attention (`Backend.attend`)."""
+    check_shapes(q, k, v, sequences)
     assert not softcap and not dropout, "the selector never sends either here"
     function = _varlen_attn()
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(function).parameters else {}
-    return function(
+    output = function(
         q,
         k,
         v,
@@ -63,6 +65,7 @@ def attend(
         window_size=left_and_right(window) if window else (-1, 0),  # (-1, 0): causal over the whole sequence
         **(grouped if q.shape[1] != k.shape[1] else {}),
     )
+    return refuse_second_derivatives(output, NAME)
 
 
 def _varlen_attn() -> Callable[..., Tensor]:

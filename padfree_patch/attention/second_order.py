@@ -1,0 +1,77 @@
+"""Derivatives of derivatives: gradients that have gradients themselves, and the error where a kernel has none.
+
+Kernels have a backward, and no backward of that. A backward that autograd can't see gives second derivatives without
+the attention's part, and nothing says so.
+
+`torch.autograd.grad(..., create_graph=True)` and `backward(create_graph=True)` run the backward with gradients enabled;
+`torch.func` and forward-mode AD show in the tensors. So whoever is about to take a second derivative can be seen.
+
+Letters: T tokens of all sequences, L of one, H query heads, K key/value heads, D head size. dx is the gradient of x.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..errors import PadfreeError
+from .per_sequence import split_by_sequence, working_dtype
+
+
+def transformed(*tensors: Tensor) -> bool:
+    """Whether `torch.func`, a vmap or forward-mode AD is at work, which follow torch's own operations only.
+
+    The two private functions are what `torch.autograd.Function` and torch's own printing ask. Without them, torch says
+    itself that it can't follow our autograd node.
+    """
+    active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+    # Of `is_grads_batched=True`, and so of `torch.autograd.functional.hessian(vectorize=True)`.
+    batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: False)
+    return bool(active()) or any(batched(x) or forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def gradients_with_gradients(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, scale: float, window: int
+) -> tuple[Tensor, ...]:
+    """Computes dq (T, H, D), dk and dv (T, K, D) by operations that autograd and `torch.func` follow.
+
+    The scores of one sequence are in memory at once, and all of them while the graph lives: as with eager attention.
+    """
+    each = (
+        _of_one_sequence(*tensors, scale=scale, window=window) for tensors in split_by_sequence(lengths, dout, q, k, v)
+    )
+    return tuple(torch.cat(parts, dim=2).squeeze(0).transpose(0, 1) for parts in zip(*each))
+
+
+def _of_one_sequence(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes dq, dk and dv of one sequence: dout and q (1, H, L, D), k and v (1, K, L, D)."""
+    (key_heads, length, head_dim), dtype = k.shape[1:], q.dtype
+    grouped = (1, key_heads, -1, head_dim)  # (1, K, G * L, D), with G = H / K; a legacy vmap knows no unflatten
+    dout, q, k, v = (x.to(working_dtype(dtype)).reshape(grouped) for x in (dout, q, k, v))
+    distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+    hidden = (distance < 0) | (distance >= (window or length))  # (L, L)
+    scores = scale * q @ k.transpose(2, 3)
+    weights = scores.masked_fill(hidden.repeat(q.shape[2] // length, 1), -torch.inf).softmax(-1)
+    dweights = dout @ v.transpose(2, 3)
+    dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
+    dq = (scale * dscores @ k).reshape(1, -1, length, head_dim)
+    dk, dv = scale * dscores.transpose(2, 3) @ q, weights.transpose(2, 3) @ dout
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+
+
+def refuse_second_derivatives(output: Tensor, backend: str) -> Tensor:
+    """Makes the backward of a kernel's output an error where somebody is about to differentiate it again."""
+
+    def refuse(gradient: Tensor) -> None:
+        if torch.is_grad_enabled():
+            raise PadfreeError(
+                f"backend {backend!r} has no second derivatives (create_graph=True); apply with backend='sdpa', and on "
+                "a GPU run the model inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+            )
+
+    if output.requires_grad:
+        output.register_hook(refuse)
+    return output
