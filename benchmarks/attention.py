@@ -194,7 +194,7 @@ def cost_of(dtype: str, name: str, rounds: int) -> dict[str, Any]:
 
 
 def with_alibi(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, *, scale: float) -> Tensor:
-    """Adds a bias on keys as patched models do: one more channel of q and k, and no keys shared between heads."""
+    """Adds a bias on keys as patched models do: more channels of q and k, and no keys shared between heads."""
     slopes = 2.0 ** -torch.arange(1, q.shape[1] + 1, dtype=q.dtype, device=q.device)
     bias = slopes[:, None] * sequences.position_ids().to(q.device, q.dtype)  # (H, T)
     rows = with_key_bias(*(x.transpose(0, 1)[None] for x in (q, k, v)), bias)

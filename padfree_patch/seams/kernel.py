@@ -6,6 +6,8 @@ Every kind of attention seam comes here in the end, with queries, keys and value
 from __future__ import annotations
 
 import contextvars
+import dataclasses
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +18,7 @@ from .. import attention
 from ..batch.sequences import PackedSequences
 from ..errors import PadfreeError
 from .answers import note_answer
-from .key_bias import with_key_bias
+from .key_bias import BIAS_CHANNELS, with_key_bias
 from .kinds import check_causal
 from .stand_in import Recipe
 
@@ -75,14 +77,19 @@ class PackedKernel:
         self._check_tokens(q, k)
         self.answered = True
         note_answer(self._module)
-        rows, head_dim = q.shape[0], q.shape[3]
+        rows, head_dim, result_dtype = q.shape[0], q.shape[3], v.dtype
         scale = head_dim**-0.5 if scale is None else scale
+        if (autocast := _autocast_dtype(q, k, v)) is not None:
+            q, k, v = (x.to(autocast) for x in (q, k, v))
+            result_dtype = autocast
+        wide = head_dim + (BIAS_CHANNELS if self.key_bias is not None else 0)
+        needs = attention.Needs(q.device.type, result_dtype, wide, window=window, softcap=softcap, dropout=dropout)
+        backend = attention.select(needs, self._backend)
+        dtype = _working_dtype(backend, needs, q, k, v)
+        q, k, v = (x.to(dtype) for x in (q, k, v))
         if self.key_bias is not None:
             q, k, v = with_key_bias(q, k, v, self.key_bias)
-        dtype = _autocast_dtype(q.device.type) or q.dtype
-        needs = attention.Needs(q.device.type, dtype, q.shape[3], window=window, softcap=softcap, dropout=dropout)
-        q, k, v = (x.to(dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, heads, D)
-        backend = attention.select(needs, self._backend)
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, heads, D)
         self.attending = True
         try:
             output = backend.attend(
@@ -90,7 +97,7 @@ class PackedKernel:
             )
         finally:
             self.attending = False
-        return output[..., :head_dim].unflatten(0, (rows, -1)).transpose(1, 2)
+        return output[..., :head_dim].to(result_dtype).unflatten(0, (rows, -1)).transpose(1, 2)
 
     def _check_tokens(self, q: Tensor, k: Tensor) -> None:
         queries, keys, total = q.shape[0] * q.shape[2], k.shape[0] * k.shape[2], self._sequences.total
@@ -112,8 +119,26 @@ def recording_windows() -> Iterator[list[int]]:
         _recorded.reset(token)
 
 
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    """Returns what autocast would compute the kernel in: a kernel from outside torch does not see autocast itself."""
+def _working_dtype(backend: attention.Backend, needs: attention.Needs, *tensors: Tensor) -> torch.dtype:
+    """Returns the dtype in which a backend gets queries, keys and values.
+
+    Phi casts queries and keys up for its eager product, and gets what it casts down to the values' dtype. A kernel that
+    takes the values' dtype only has its scores in float32 anyway, so there the cast is left out.
+    """
+    finest = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+    if finest == needs.dtype or backend.refusal(dataclasses.replace(needs, dtype=finest)) is not None:
+        return needs.dtype
+    return finest
+
+
+def _autocast_dtype(*tensors: Tensor) -> torch.dtype | None:
+    """Returns what autocast would compute the kernel in: a kernel from outside torch does not see autocast itself.
+
+    None if it leaves the kernel alone: it is off, or there is a float64 tensor, which it never casts.
+    """
+    device_type = tensors[0].device.type
+    if any(x.dtype == torch.float64 for x in tensors):
+        return None
     try:
         return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     except (AttributeError, TypeError):  # before torch 2.4

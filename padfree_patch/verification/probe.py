@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from ..models import pretrained_modules
 from ..seams.model_call import needs_rows
 from ..seams.rotary import as_new
+from .dtypes import Dtypes
 from .entry import Entry
 from .first_leak import first_leak
 
@@ -81,34 +81,17 @@ class Probe:
 
     def alone_error(self) -> tuple[float, float]:
         """Measures the relative difference between packed and alone; gives it, and what it may be."""
-        with _rounding_of_linear_layers(self.model) as eps:
+        with Dtypes() as computed:
             alone = torch.cat([self.alone(each) for each in (self.a, self.b)], dim=1)
         packed = self.packed(self.a)
-        error = largest(packed.float() - alone.float()) / max(largest(alone), torch.finfo(torch.float32).tiny)
-        return error, min(TOLERANCE_EPS * max(eps | {torch.finfo(alone.dtype).eps}), 0.1)
+        finest = torch.promote_types(alone.dtype, torch.float32)
+        error = largest(packed.to(finest) - alone.to(finest)) / max(largest(alone), torch.finfo(torch.float32).tiny)
+        coarsest = max(torch.finfo(dtype).eps for dtype in computed.seen | {alone.dtype})
+        return error, min(TOLERANCE_EPS * coarsest, 0.1)
 
     def first_leak(self) -> str | None:
         """Names the first module that carries something from A to B."""
         return first_leak(self.model, self.packed, self.a, self.other_a, LENGTHS[1])
-
-
-@contextmanager
-def _rounding_of_linear_layers(model: nn.Module) -> Iterator[set[float]]:
-    """Collects how coarsely linear layers round, as the eps of a dtype; the coarsest of them sets the bound.
-
-    Old versions cast the logits up, and a prepared model may enter autocast itself. Where weights are int8, so are
-    what they are multiplied with: bitsandbytes rounds each token's activations to 8 bits.
-    """
-    eps: set[float] = set()
-
-    def note(module: nn.Module, args: object, output: Tensor) -> None:
-        eps.add(2.0**-7 if module.weight.dtype == torch.int8 else torch.finfo(output.dtype).eps)
-
-    with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                stack.callback(module.register_forward_hook(note).remove)
-        yield eps
 
 
 def largest(values: Tensor) -> float:

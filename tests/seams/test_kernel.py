@@ -7,9 +7,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from padfree_patch import PackedSequences, PadfreeError
+from padfree_patch import PackedSequences, PadfreeError, attention
+from padfree_patch.attention import flash_attn, flash_family
 from padfree_patch.batch.packed_batch import PackedBatch
-from padfree_patch.seams import flash_attn
+from padfree_patch.seams import flash_attn as flash_attn_seam
 from padfree_patch.seams.attention import KernelMode
 from padfree_patch.seams.kernel import PackedKernel
 from padfree_patch.seams.stand_in import CAUSAL
@@ -81,6 +82,44 @@ def test_scores_multiplied_by_a_tensor_are_refused():
         eager(*qkv(), lambda scores: scores * torch.ones(5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_queries_and_keys_cast_up_give_the_values_dtype(dtype):
+    """Phi's eager attention casts them up, and its scores down to the values' dtype."""
+    q, k, v = qkv()
+    with kernel():
+        found = eager(q, k, v.to(dtype))
+    torch.testing.assert_close(found, alone(q, k, v.to(dtype).float()).to(dtype))
+
+
+class Took(Exception):
+    """What the kernel below raises: the dtypes that it was given."""
+
+
+def test_queries_and_keys_cast_up_do_not_lose_the_fast_kernel(monkeypatch):
+    def kernel_that_tells(q, k, v, *_, **options):
+        raise Took({x.dtype for x in (q, k, v)})
+
+    monkeypatch.setattr(flash_family, "DEVICES", ("cpu",))
+    monkeypatch.setattr(flash_attn, "refusal", flash_family.kernels_refuse)
+    monkeypatch.setattr(flash_attn, "attend", kernel_that_tells)
+    attention.select.cache_clear()
+    try:
+        for backend in ("flash_attn", "auto"):
+            packed = PackedKernel(torch.nn.Identity(), SEQUENCES, CAUSAL, backend)
+            q, k, v = qkv()
+            with pytest.raises(Took, match=r"^\{torch.bfloat16\}$"):
+                packed.attend(q, k, v.bfloat16(), scale=None, dropout=0.0)
+    finally:
+        attention.select.cache_clear()
+
+
+def test_float64_stays_so_under_autocast():
+    """Autocast never casts it."""
+    with kernel(), torch.autocast("cpu", torch.bfloat16):
+        found = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in qkv()))
+    torch.testing.assert_close(found, alone(*(x.double() for x in qkv())))
+
+
 def test_kernel_called_on_other_tokens_is_refused():
     message = "Identity: the batch has 5 tokens, but its kernel was called on 4 queries and 5 keys"
     with pytest.raises(PadfreeError, match=message), kernel():
@@ -99,7 +138,7 @@ def flash(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=
 
 def call_flash(**options):
     q, k, v = (x.transpose(1, 2) for x in qkv())
-    return wrapped(flash, flash_attn.concerns, flash_attn.answer_kernel)(q, k, v, **options).transpose(1, 2)
+    return wrapped(flash, flash_attn_seam.concerns, flash_attn_seam.answer_kernel)(q, k, v, **options).transpose(1, 2)
 
 
 def test_flash_attn_is_answered_while_a_packed_call_is_under_way_and_only_then():

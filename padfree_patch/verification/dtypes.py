@@ -1,0 +1,31 @@
+"""In which dtypes a model computes: the coarsest of them says how exact its result can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class Dtypes(TorchFunctionMode):
+    """Collects the dtypes of all that is computed from what requires a gradient, while it is entered.
+
+    The dtype of parameters and logits does not say it: the softmax of upstream's eager attention is float32 in a
+    float64 model too, old versions cast the logits up, and a prepared model may enter autocast itself. What needs no
+    gradient, such as rotary tables and ALiBi, is the same for packed examples and for one alone, however coarse it is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.requires_grad:
+            self.seen.add(result.dtype)
+        return result
