@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +14,10 @@ from .errors import PadfreeError
 Integers = npt.NDArray[np.int64]
 
 MOST = 2**53
-"""The largest number that is taken: every whole number up to it is also a float of its own."""
+"""The largest float or length that is taken: every whole number up to it is also a float of its own."""
 
 
-def whole_number(value: object, name: str, least: int | None = None) -> int:
+def whole_number(value: Any, name: str, least: int | None = None) -> int:
     """Returns a number as an int.
 
     Raises PadfreeError naming the argument if it is not whole, a truth value, or less than `least`.
@@ -26,11 +27,13 @@ def whole_number(value: object, name: str, least: int | None = None) -> int:
     """
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
-    found = np.asarray(value) if isinstance(value, int | float | np.generic) and not isinstance(value, bool) else None
-    if found is None or _is_wrong(found).any() or (least is not None and int(found) < least):
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if isinstance(value, float | np.floating):
+        is_whole = not _is_wrong(np.asarray(value)).any()
+    if not is_whole or (least is not None and value < least):
         wanted = "a whole number" if least is None else f"a whole number, {least} or more"
         raise PadfreeError(f"{name} must be {wanted}, found {_shown(value)}")
-    return int(found)
+    return int(value)
 
 
 def whole_numbers(values: Iterable[object], name: str) -> Integers:
@@ -43,7 +46,7 @@ def whole_numbers(values: Iterable[object], name: str) -> Integers:
     """
     array = _as_array(values, name)
     if array.size and array.dtype.kind not in "iuf":
-        wrong = [_is_no_number(each) for each in array]
+        wrong = [_is_no_length(each) for each in array]
     else:
         wrong = _is_wrong(array).tolist()
     if any(wrong):
@@ -78,12 +81,11 @@ def _is_wrong(numbers: npt.NDArray[np.generic]) -> npt.NDArray[np.bool_]:
         return ~((np.abs(values) <= MOST) & (values == np.trunc(values)))
 
 
-def _is_no_number(value: object) -> bool:
+def _is_no_length(value: object) -> bool:
     try:
-        whole_number(value, "")
+        return abs(whole_number(value, "")) > MOST
     except PadfreeError:
         return True
-    return False
 
 
 def _shown(value: object) -> str:

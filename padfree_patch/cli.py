@@ -15,6 +15,7 @@ except ImportError as error:  # an extra: training machines need not have it
 
 from . import patching, versions
 from .errors import PadfreeError
+from .foreign import explained
 from .measure.texts import FIELDS, read_texts, tokenise
 from .patching import support
 from .registry import registry
@@ -69,8 +70,8 @@ def verify(model: str, tiny: bool, attn: str, as_json: bool, unpatched: bool) ->
 
 
 @cli.command()
-@click.option("--batch-size", default=8, show_default=True, help="Examples per step.")
-@click.option("--steps", default=5, show_default=True, help="Timed steps of each kind.")
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Examples per step.")
+@click.option("--steps", default=5, show_default=True, type=click.IntRange(min=1), help="Timed steps of each kind.")
 @_model_options
 def bench(model: str, tiny: bool, attn: str, as_json: bool, batch_size: int, steps: int) -> None:
     """Time a training step on MODEL: padded, padding-free, and as many tokens in rows of one length."""
@@ -81,10 +82,16 @@ def bench(model: str, tiny: bool, attn: str, as_json: bool, batch_size: int, ste
 
 
 @cli.command()
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="JSON lines, plain or .gz.")
+@click.option("--data", required=True, type=Path, help="JSON lines, plain or .gz.")
 @click.option("--tokenizer", required=True, help="Folder or name of the tokenizer.")
 @click.option("--batch-size", required=True, type=click.IntRange(min=1), help="Examples per batch.")
-@click.option("--max-length", default=2048, show_default=True, help="Tokens that longer examples are cut to.")
+@click.option(
+    "--max-length",
+    default=2048,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Tokens that longer examples are cut to.",
+)
 @click.option("--field", "fields", multiple=True, default=FIELDS, show_default=True, help="Text fields to join.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def estimate(
@@ -96,11 +103,10 @@ def estimate(
     from .measure.estimation import estimate as estimate_lengths
 
     texts = read_texts(data, fields)
-    try:
+    with explained(f"no tokenizer can be loaded from {tokenizer!r}"):
         loaded = AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError) as error:
-        raise PadfreeError(f"no tokenizer in {tokenizer!r}: {error}") from error
-    lengths = [len(ids) for ids in tokenise(texts, loaded, max_length=max_length)]
+    with explained(f"the tokenizer in {tokenizer!r} fails on the texts of {data}"):
+        lengths = [len(ids) for ids in tokenise(texts, loaded, max_length=max_length)]
     _print(estimate_lengths(lengths, batch_size=batch_size), as_json)
 
 
@@ -128,18 +134,17 @@ def list_patches(as_json: bool) -> None:
 
 def _load(model: str, tiny: bool, attn: str) -> Any:
     if tiny:
-        from .testing import Unavailable, tiny_model
+        from .testing import tiny_model
 
         patch = registry().get(model)
         if patch is None:
             raise PadfreeError(f"no patch for {model!r}; there are {', '.join(registry().model_types())}")
-        try:
+        with explained(f"no tiny {model} can be made for --attn {attn}"):
             return tiny_model(patch, attn)
-        except Unavailable as reason:
-            raise PadfreeError(str(reason)) from reason
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(model, attn_implementation=attn)
+    with explained(f"no causal language model can be loaded from {model!r} for --attn {attn}"):
+        return AutoModelForCausalLM.from_pretrained(model, attn_implementation=attn)
 
 
 def _print(result: Result, as_json: bool) -> None:
@@ -152,7 +157,7 @@ def _print(result: Result, as_json: bool) -> None:
 
 
 def main() -> None:
-    """Runs the command line: errors of ours are printed, others keep their traceback."""
+    """Runs the command line: errors of ours are a line and exit status 2, others keep their traceback."""
     from .demo.command import demo
 
     cli.add_command(demo)

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from padfree_patch import cli
+from padfree_patch.measure.texts import train_tokenizer
 from padfree_patch.registry import registry
 
 
@@ -59,6 +60,48 @@ def test_errors_of_ours_are_printed_without_a_traceback(monkeypatch, capsys):
         cli.main()
     assert caught.value.code == 2
     assert "padfree-patch: no patch for 'gpt2'; there are " in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a file of texts, a tokenizer, and one whose tokenizer.json is damaged."""
+    place = tmp_path_factory.mktemp("cli")
+    (place / "data.jsonl").write_text('{"prompt": "one", "completion": "two"}\n' * 4)
+    for name in ("tokenizer", "odd"):
+        train_tokenizer(["one two"], vocab_size=300).save_pretrained(place / name)
+    (place / "odd" / "tokenizer.json").write_text("{}")
+    return place
+
+
+def estimate_options(folder, **changed):
+    options = {"--data": folder / "data.jsonl", "--tokenizer": folder / "tokenizer", "--batch-size": 2, **changed}
+    return ["estimate", *(str(each) for pair in options.items() for each in pair)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda folder: estimate_options(folder, **{"--data": "a\0b"}), "embedded null byte"),
+        (lambda folder: estimate_options(folder, **{"--data": folder / "nothing"}), "nothing' cannot be read as JSON"),
+        (lambda folder: estimate_options(folder, **{"--tokenizer": folder / "odd"}), "odd': KeyError"),
+        (lambda folder: estimate_options(folder, **{"--tokenizer": folder / "nothing"}), "no tokenizer can be loaded"),
+        (lambda folder: estimate_options(folder, **{"--max-length": 0}), "0 is not in the range x>=1"),
+        (lambda _: ["bench", "--tiny", "llama", "--steps", "0"], "0 is not in the range x>=1"),
+        (lambda _: ["bench", "--tiny", "llama", "--batch-size", "0"], "0 is not in the range x>=1"),
+        (lambda folder: ["verify", str(folder / "nothing")], "no causal language model can be loaded from"),
+        (lambda folder: ["explain", str(folder / "data.jsonl")], "no causal language model can be loaded from"),
+        (lambda _: ["verify", "a\0b"], "no causal language model can be loaded from"),
+        (lambda _: ["verify", "--tiny", "llama", "--attn", "nope"], "no tiny llama can be made for --attn nope"),
+    ],
+)
+def test_what_cannot_be_used_is_a_line_and_exit_status_2(folder, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr("sys.argv", ["padfree-patch", *arguments(folder)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message in error and "Traceback" not in error
+    assert error.startswith(("Usage:", "padfree-patch: ")) and (error.count("\n") == 1 or error.startswith("Usage:"))
 
 
 def test_demo_is_a_command():

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from sortedcontainers import SortedList
 
+from ..arguments import whole_number, whole_numbers
 from ..errors import PadfreeError
 
 
@@ -30,6 +31,8 @@ class PackingPlan:
 
     def steps(self, batch_size: int, *, rows_per_step: int = 1) -> tuple[int, int]:
         """Returns optimizer steps of an epoch: with `batch_size` examples each, and with `rows_per_step` rows each."""
+        batch_size = whole_number(batch_size, "batch_size", 1)
+        rows_per_step = whole_number(rows_per_step, "rows_per_step", 1)
         return math.ceil(len(self.lengths) / batch_size), math.ceil(len(self.rows) / rows_per_step)
 
     def __str__(self) -> str:
@@ -49,11 +52,12 @@ def plan_packing(lengths: Iterable[int], max_length: int) -> PackingPlan:
         lengths: tokens per example, from 1 to `max_length`.
         max_length: tokens that a row holds at most.
 
-    Raises PadfreeError if there is no example, or one is empty or longer than a row.
+    Raises PadfreeError if there is no example, one is empty or longer than a row, or these are no whole numbers.
 
     >>> plan_packing([3, 5, 2, 6], max_length=8).rows
     [[3, 2], [1, 0]]
     """
+    max_length = whole_number(max_length, "max_length", 1)
     checked = check_lengths(lengths, max_length)
     return PackingPlan(best_fit_decreasing(checked, max_length), checked, max_length)
 
@@ -61,9 +65,9 @@ def plan_packing(lengths: Iterable[int], max_length: int) -> PackingPlan:
 def check_lengths(lengths: Iterable[int], most: int) -> npt.NDArray[np.int64]:
     """Returns lengths as int64 (examples,).
 
-    Raises PadfreeError if there is none, or one is empty or longer than `most` tokens.
+    Raises PadfreeError if there is none, or one is empty, longer than `most` tokens, or no whole number.
     """
-    checked = np.fromiter(lengths, dtype=np.int64)
+    checked = whole_numbers(lengths, "lengths")
     check_not_empty(checked)
     if (longest := checked.max()) > most:
         raise PadfreeError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import heapq
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import Sampler
 
+from ..arguments import whole_number
 from ..errors import PadfreeError
 from .packing_plan import best_fit_decreasing, check_lengths
 
@@ -34,7 +37,8 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         window: number of examples, drawn at random, among which batches are put together. A larger window fills
             batches better, a smaller one mixes the examples more.
 
-    Raises PadfreeError if a length is out of range, there are fewer examples than replicas, or no such rank.
+    Raises PadfreeError if a length is out of range, there are fewer examples than replicas or no such rank, or an
+    argument is no whole number.
     """
 
     def __init__(
@@ -47,29 +51,27 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         window: int = 8192,
     ):
-        self.lengths = check_lengths(lengths, max_tokens)
-        if num_replicas < 1 or (rank is not None and not 0 <= rank < num_replicas):
+        self.max_tokens = whole_number(max_tokens, "max_tokens", 1)
+        self.num_replicas = whole_number(num_replicas, "num_replicas", 1)
+        self.rank = None if rank is None else whole_number(rank, "rank")
+        self.seed = whole_number(seed, "seed", 0)
+        self.window = whole_number(window, "window", 1)
+        self.lengths = check_lengths(lengths, self.max_tokens)
+        if self.rank is not None and not 0 <= self.rank < self.num_replicas:
             raise PadfreeError(f"rank {rank} of num_replicas {num_replicas}: ranks go from 0 to num_replicas - 1")
-        if window < 1:
-            raise PadfreeError(f"window={window}: batches are put together among at least one example")
-        if len(self.lengths) < num_replicas:
+        if len(self.lengths) < self.num_replicas:
             raise PadfreeError(f"{len(self.lengths)} examples can't give {num_replicas} processes a batch each")
-        self.max_tokens = max_tokens
-        self.num_replicas = num_replicas
-        self.rank = rank
-        self.seed = seed
-        self.window = window
         self._epoch, self._begun, self._skip, self._complete = 0, 0, 0, False
         self._planned: tuple[int, list[list[int]]] | None = None
 
     def __len__(self) -> int:
         """Counts the batches that this rank gets in this epoch."""
-        return len(self._batches_of_epoch()) // (1 if self.rank is None else self.num_replicas)
+        return self._count(self._epoch)
 
     def __iter__(self) -> Iterator[list[int]]:
         if self._complete:
             self.set_epoch(self._epoch + 1)
-        batches = self._batches_of_epoch()
+        batches = self._batches_of(self._epoch)
         if self.rank is not None:
             batches = batches[self.rank :: self.num_replicas]
         self._begun, self._skip = self._skip, 0
@@ -80,6 +82,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of an epoch, from 0. Without a call, the pass after a complete one is of the next epoch."""
+        epoch = whole_number(epoch, "epoch", 0)
         if epoch != self._epoch:
             self._epoch, self._begun, self._skip = epoch, 0, 0
         self._complete = False
@@ -99,13 +102,20 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continues from a state: the next pass leaves out the batches that were yielded before it was saved.
 
-        Raises PadfreeError if the state is of a sampler with other lengths or arguments, and so of another order.
+        If these were all batches of an epoch, the next pass is of the next epoch.
+
+        Raises PadfreeError if the state is of a sampler with other lengths or arguments, and so of another order, or if
+        it is no state of a sampler.
         """
+        if not isinstance(state, Mapping) or not {"epoch", "batches"} <= set(state):
+            raise PadfreeError(f"a sampler's state has epoch and batches, found {state!r:.200}")
         for name, value in self._settings().items():
             if state.get(name) != value:
                 raise PadfreeError(f"the saved order has {name} {state.get(name)}, this sampler {value}")
-        self._epoch, self._skip, self._complete = state["epoch"], state["batches"], False
-        self._begun = self._skip
+        epoch, done = whole_number(state["epoch"], "epoch", 0), whole_number(state["batches"], "batches", 0)
+        if done > (count := self._count(epoch)):
+            raise PadfreeError(f"the saved state has yielded {done} batches of epoch {epoch}, which has {count}")
+        self._epoch, self._begun, self._skip, self._complete = epoch, done, done, done == count
 
     def _settings(self) -> dict[str, int]:
         """Returns what the order depends on besides the epoch."""
@@ -114,9 +124,13 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             "lengths": zlib.crc32(self.lengths.tobytes()),
         }
 
-    def _batches_of_epoch(self) -> list[list[int]]:
-        if self._planned is None or self._planned[0] != self._epoch:
-            self._planned = self._epoch, self._plan(np.random.default_rng((self.seed, self._epoch)))
+    def _count(self, epoch: int) -> int:
+        """Counts the batches that this rank gets in an epoch."""
+        return len(self._batches_of(epoch)) // (1 if self.rank is None else self.num_replicas)
+
+    def _batches_of(self, epoch: int) -> list[list[int]]:
+        if self._planned is None or self._planned[0] != epoch:
+            self._planned = epoch, self._plan(np.random.default_rng((self.seed, epoch)))
         return self._planned[1]
 
     def _plan(self, generator: np.random.Generator) -> list[list[int]]:
@@ -126,16 +140,28 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             drawn = order[start : start + self.window]
             rows = best_fit_decreasing(self.lengths[drawn], self.max_tokens)
             batches += [drawn[row].tolist() for row in rows]
-        while len(batches) % self.num_replicas:
-            fullest = max(batches, key=len)
-            if len(fullest) == 1:
-                batches.append(min(batches, key=self._attention_cost))
-            else:
-                batches.remove(fullest)
-                batches += [fullest[::2], fullest[1::2]]
-        batches.sort(key=self._attention_cost)
+        batches = self._in_whole_steps(batches)
+        batches = [batches[place] for place in np.argsort(self._attention_costs(batches), kind="stable")]
         steps = [batches[i : i + self.num_replicas] for i in range(0, len(batches), self.num_replicas)]
         return [batch for i in generator.permutation(len(steps)) for batch in steps[i]]
 
-    def _attention_cost(self, batch: list[int]) -> int:
-        return int((self.lengths[batch] ** 2).sum())
+    def _in_whole_steps(self, batches: list[list[int]]) -> list[list[int]]:
+        """Returns as many batches for every replica: the fullest ones are divided, or the cheapest is repeated."""
+        missing = -len(batches) % self.num_replicas
+        fullest_first = [(-len(batch), place) for place, batch in enumerate(batches)]
+        heapq.heapify(fullest_first)
+        divided: set[int] = set()
+        while missing and fullest_first[0][0] < -1:
+            _, place = heapq.heappop(fullest_first)
+            divided.add(place)
+            for half in (batches[place][::2], batches[place][1::2]):
+                heapq.heappush(fullest_first, (-len(half), len(batches)))
+                batches.append(half)
+            missing -= 1
+        kept = [batch for place, batch in enumerate(batches) if place not in divided]
+        return kept + [kept[int(self._attention_costs(kept).argmin())]] * missing if missing else kept
+
+    def _attention_costs(self, batches: list[list[int]]) -> npt.NDArray[np.int64]:
+        """Returns the sum of squared lengths of each batch."""
+        sizes = np.array([len(batch) for batch in batches])
+        return np.add.reduceat(self.lengths[np.concatenate(batches)] ** 2, np.cumsum(sizes) - sizes)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -13,6 +15,8 @@ from pathlib import Path
 
 import click
 
+from ..errors import PadfreeError
+from ..foreign import explained
 from ..measure.texts import read_texts, shuffled, tokenise, train_tokenizer
 from . import start
 from .job import Job, Message
@@ -35,7 +39,7 @@ less than 3e-6 (seeds 0, 1, 2).
 @click.option(
     "--data",
     "data_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=Path,
     help="JSON lines with prompt and completion, plain or .gz.  [default: the bundled instructions]",
 )
 @click.option("--steps", type=click.IntRange(min=2), default=30, show_default=True)
@@ -48,12 +52,22 @@ less than 3e-6 (seeds 0, 1, 2).
     help="Longest example, in tokens.",
 )
 @click.option("--layers", type=click.IntRange(min=1), help="Keep only the first so many layers of --model.")
-@click.option("--learning-rate", type=float, help=f"[default: {SMALL_MODEL_RATE:g}, with --model {MODEL_RATE:g}]")
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(min=0, max=1),
+    help=f"[default: {SMALL_MODEL_RATE:g}, with --model {MODEL_RATE:g}]",
+)
 @click.option("--threads", type=click.IntRange(min=1), default=min(2, os.cpu_count() or 1), show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of examples and the random model.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0, max=2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Of the order of examples and the random model.",
+)
 @click.option(
     "--output",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=Path,
     default=Path("padfree_demo"),
     show_default=True,
     help="Folder for results.json, comparison.png and the logs of both runs.",
@@ -77,30 +91,33 @@ def demo(
     The padded run is what one does without this package: batches filled up with pads, the model as it is. The
     padding-free run packs each batch into one row after padfree_patch.apply(model). Both start from the same weights
     and train on all tokens with transformers' Trainer in float32 on the CPU, each in a process of its own. Exit code 1
-    if their losses differ by more than 1e-4 at any step.
+    if their losses differ by more than 1e-4 at any step or a run stops, 2 if something given cannot be used.
     """
     if missing := [package for package in NEEDED if find_spec(package) is None]:
         raise click.ClickException(f"the demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     from .picture import save_picture
 
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        job = Job(
-            padding_free=False,
-            model=model or os.path.join(scratch, "model"),
-            layers=layers,
-            examples=os.path.join(scratch, "examples.json"),
-            batch_size=batch_size,
-            learning_rate=(MODEL_RATE if model else SMALL_MODEL_RATE) if learning_rate is None else learning_rate,
-            threads=threads,
-            scratch=scratch,
-        )
-        try:
-            texts = read_texts(data_file or SAMPLE)
-            prepare(job, texts, random_model=not model, count=steps * batch_size, max_length=max_length, seed=seed)
+    try:
+        texts = read_texts(data_file or SAMPLE)
+        make_folder(output)
+        with tempfile.TemporaryDirectory() as scratch:
+            job = Job(
+                padding_free=False,
+                model=model or os.path.join(scratch, "model"),
+                layers=layers,
+                examples=os.path.join(scratch, "examples.json"),
+                batch_size=batch_size,
+                learning_rate=(MODEL_RATE if model else SMALL_MODEL_RATE) if learning_rate is None else learning_rate,
+                threads=threads,
+                scratch=scratch,
+            )
+            with explained(f"--model {model!r} cannot be used" if model else "the small model cannot be made"):
+                prepare(job, texts, random_model=not model, count=steps * batch_size, max_length=max_length, seed=seed)
             padded, padding_free = run_both(job, steps=steps, output=output)
-        except (OSError, ValueError, WorkerFailed) as error:
-            raise click.ClickException(str(error)) from error
+    except PadfreeError as error:
+        raise Unusable(str(error)) from error
+    except (OSError, WorkerFailed) as error:
+        raise click.ClickException(str(error)) from error
 
     settings = {
         "model": Path(model).name if model else SMALL_MODEL,
@@ -113,11 +130,47 @@ def demo(
     }
     comparison = Comparison(settings, padded, padding_free)
     results = json.dumps(comparison.as_json(), indent=2)
-    (output / "results.json").write_text(results)
-    save_picture(comparison, output / "comparison.png")
+    try:
+        with whole_file(output / "results.json") as file:
+            file.write_text(results)
+        with whole_file(output / "comparison.png") as file:
+            save_picture(comparison, file)
+    except OSError as error:
+        click.echo(results)  # an hour's work, perhaps
+        raise Unusable(f"the results cannot be written to {output}: {error}; they are printed instead") from error
     show(comparison, results if as_json else None, output)
     if problems := comparison.problems():
         raise click.ClickException("\n".join(problems))
+
+
+class Unusable(click.ClickException):
+    """Something that was given cannot be used."""
+
+    exit_code = 2
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and tries to write into it.
+
+    Raises PadfreeError if that cannot be done.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:  # under a file, not allowed, no space; not a path
+        raise PadfreeError(f"--output {str(folder)!r} is no folder that can be written to: {error}") from error
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a path to write to, which becomes `path` when all is written; if something fails, nothing is left."""
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def prepare(job: Job, texts: list[str], *, random_model: bool, count: int, max_length: int, seed: int) -> None:
@@ -132,7 +185,7 @@ def prepare(job: Job, texts: list[str], *, random_model: bool, count: int, max_l
     config = start.load_config(job.model, layers=job.layers)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_length > positions:
-        raise ValueError(
+        raise PadfreeError(
             f"--max-length {max_length}: the model has {positions} positions; pass --max-length {positions}"
         )
     examples = tokenise(shuffled(texts, count=count, seed=seed), tokenizer, max_length=max_length)

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import PadfreeError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,14 +37,14 @@ def make_small_llama(folder: Path, tokenizer: PreTrainedTokenizerBase, *, seed: 
 def load_config(name: str | os.PathLike[str], *, layers: int | None) -> Any:
     """Loads the config of a model, cut to its first `layers` layers, and without dropout, which would differ per run.
 
-    Raises ValueError if the model has fewer layers.
+    Raises PadfreeError if the model has fewer layers.
     """
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(name)
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
-            raise ValueError(f"--layers {layers}: the model has {config.num_hidden_layers} layers")
+            raise PadfreeError(f"--layers {layers}: the model has {config.num_hidden_layers} layers")
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):  # one entry per layer, since transformers 4.53
             config.layer_types = config.layer_types[:layers]

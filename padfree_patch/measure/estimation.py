@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from ..arguments import whole_number, whole_numbers
 from ..errors import PadfreeError
 
 SHUFFLES = 5
@@ -64,13 +65,14 @@ def estimate(lengths: Iterable[int], *, batch_size: int, seed: int = 0) -> Estim
         batch_size: examples per batch; an incomplete last batch is left out.
         seed: of the random order.
 
-    Raises PadfreeError if there are fewer examples than a batch needs, or one is empty.
+    Raises PadfreeError if there are fewer examples than a batch needs, one is empty, or these are no whole numbers.
 
     >>> estimate([10, 30], batch_size=2).expected_speedup
     1.5
     """
-    tokens = np.fromiter(lengths, dtype=np.int64)
-    if batch_size < 1 or len(tokens) < batch_size:
+    tokens = whole_numbers(lengths, "lengths")
+    batch_size, seed = whole_number(batch_size, "batch_size", 1), whole_number(seed, "seed", 0)
+    if len(tokens) < batch_size:
         raise PadfreeError(f"a batch of {batch_size} can't be drawn from {len(tokens)} examples")
     if tokens.min() < 1:
         raise PadfreeError(f"example {int(tokens.argmin())} has {tokens.min()} tokens; leave empty examples out")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import whole_number
 from ..batch.labels import IGNORED_LABEL
 from ..data.flattening import DataCollatorWithFlattening
 from ..patching import applied
@@ -60,7 +61,11 @@ class StepBench:
 
 
 def bench_step(model: Any, *, batch_size: int = 8, steps: int = 5) -> StepBench:
-    """Times steps of a causal language model on random tokens; the model's gradients are dropped."""
+    """Times steps of a causal language model on random tokens; the model's gradients are dropped.
+
+    Raises PadfreeError if there is no example or no step.
+    """
+    batch_size, steps = whole_number(batch_size, "batch_size", 1), whole_number(steps, "steps", 1)
     generator = torch.Generator().manual_seed(0)
     lengths = flan_like_lengths(batch_size, generator, longest=512)
     device, vocabulary = next(model.parameters()).device, model.get_input_embeddings().weight.shape[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 
 import numpy as np
@@ -14,6 +15,7 @@ from padfree_patch import (
     DataCollatorWithFlattening,
     PadfreeError,
     TokenBudgetBatchSampler,
+    estimate,
     plan_packing,
 )
 
@@ -49,6 +51,58 @@ def test_best_fit_is_the_fullest_row_that_has_room():
 def test_lengths_that_cannot_be_packed_are_errors(use, lengths, message):
     with pytest.raises(PadfreeError, match=message):
         use(lengths, 8)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([3, None], "lengths must be whole numbers, found None at place 1"),
+        ([3, float("nan")], "lengths must be whole numbers, found nan at place 1"),
+        ([3, 1.5], "lengths must be whole numbers, found 1.5 at place 1"),
+        ([[1, 2], [3]], r"lengths must be whole numbers, found \[1, 2\] at place 0"),
+        ([2**63], "lengths must be whole numbers, found 9223372036854775808 at place 0"),
+        ("123", "lengths must be a list of whole numbers, found '123'"),
+        (None, "lengths must be a list of whole numbers, found None"),
+        (7, "lengths must be a list of whole numbers, found 7"),
+    ],
+)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda lengths: plan_packing(lengths, 8),
+        lambda lengths: TokenBudgetBatchSampler(lengths, max_tokens=8),
+        lambda lengths: estimate(lengths, batch_size=1),
+    ],
+    ids=["plan", "sampler", "estimate"],
+)
+def test_lengths_that_are_no_whole_numbers_are_errors(use, lengths, message):
+    with pytest.raises(PadfreeError, match=message):
+        use(lengths)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda: plan_packing([1], None), "max_length must be a whole number, 1 or more, found None"),
+        (lambda: plan_packing([1], 2.5), "max_length must be a whole number, 1 or more, found 2.5"),
+        (lambda: plan_packing([1], 2).steps(0), "batch_size must be a whole number, 1 or more, found 0"),
+        (lambda: TokenBudgetBatchSampler([1], max_tokens=-1), "max_tokens must be a whole number, 1 or more"),
+        (lambda: TokenBudgetBatchSampler([1], max_tokens=2, seed=-1), "seed must be a whole number, 0 or more"),
+        (lambda: TokenBudgetBatchSampler([1], max_tokens=2, num_replicas=0), "num_replicas must be a whole number, 1"),
+        (lambda: TokenBudgetBatchSampler([1], max_tokens=2, rank="0"), "rank must be a whole number, found '0'"),
+        (lambda: TokenBudgetBatchSampler([1], max_tokens=2).set_epoch(None), "epoch must be a whole number, 0 or more"),
+        (lambda: estimate([1], batch_size=None), "batch_size must be a whole number, 1 or more, found None"),
+        (lambda: estimate([1], batch_size=1, seed=-1), "seed must be a whole number, 0 or more, found -1"),
+    ],
+)
+def test_arguments_that_are_no_whole_numbers_are_errors(use, message):
+    with pytest.raises(PadfreeError, match=message):
+        use()
+
+
+def test_whole_floats_and_large_seeds_are_numbers():
+    assert plan_packing(np.array([3.0, 5.0]), 8.0).rows == [[1, 0]]
+    assert list(TokenBudgetBatchSampler([1], max_tokens=2, seed=2**63 + 1)) == [[0]]
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 7])
@@ -115,6 +169,54 @@ def test_resumes_in_the_middle_of_an_epoch():
         TokenBudgetBatchSampler(uneven_lengths(301), max_tokens=600).load_state_dict(state)
 
 
+@pytest.mark.parametrize("saved", ["after the last batch", "after the pass"])
+def test_a_state_at_the_end_of_an_epoch_resumes_with_the_next(saved):
+    """Whoever calls set_epoch with the epoch that is done gets what is left of it: nothing."""
+    sampler, other, told = (TokenBudgetBatchSampler(uneven_lengths(300), max_tokens=600) for _ in range(3))
+    batches = iter(sampler)
+    for _ in range(len(sampler)):
+        next(batches)
+    if saved == "after the pass":
+        assert next(batches, None) is None
+    state = sampler.state_dict()
+    other.load_state_dict(state)
+    told.set_epoch(1)
+    assert list(other) == list(told)
+    other.load_state_dict(state)
+    other.set_epoch(0)
+    assert list(other) == []
+    told.set_epoch(2)
+    other.load_state_dict(state)
+    assert [list(other), list(other)][1] == list(told)  # a loop without set_epoch loses no epoch
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"batches": -1}, "batches must be a whole number, 0 or more, found -1"),
+        ({"batches": 10**6}, "the saved state has yielded 1000000 batches of epoch 0, which has"),
+        ({"epoch": None}, "epoch must be a whole number, 0 or more, found None"),
+    ],
+)
+def test_states_that_cannot_be_are_errors(changed, message):
+    sampler = TokenBudgetBatchSampler([1, 2, 3], max_tokens=4)
+    before = sampler.state_dict()
+    with pytest.raises(PadfreeError, match=message):
+        sampler.load_state_dict({**before, **changed})
+    for nothing in (None, {}, 7):
+        with pytest.raises(PadfreeError, match="a sampler's state has epoch and batches, found"):
+            sampler.load_state_dict(nothing)
+    assert sampler.state_dict() == before
+
+
+def test_many_replicas_are_planned_quickly():
+    """8,001 batches that cannot be divided, for 64 replicas."""
+    sampler = TokenBudgetBatchSampler([5] * 8001, max_tokens=5, num_replicas=64)
+    start = time.perf_counter()
+    assert len(sampler) == 8064
+    assert time.perf_counter() - start < 1  # 2 s and more when each of 63 batches was looked for among all
+
+
 def test_a_pass_after_a_complete_one_is_of_the_next_epoch():
     """For loaders that never call set_epoch; a pass that was broken off begins again."""
     sampler, told = (TokenBudgetBatchSampler(uneven_lengths(300), max_tokens=600) for _ in range(2))
@@ -126,7 +228,7 @@ def test_a_pass_after_a_complete_one_is_of_the_next_epoch():
 
 
 def test_window_must_hold_an_example():
-    with pytest.raises(PadfreeError, match="window=0"):
+    with pytest.raises(PadfreeError, match="window must be a whole number, 1 or more, found 0"):
         TokenBudgetBatchSampler([1], max_tokens=2, window=0)
 
 

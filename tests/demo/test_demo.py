@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from padfree_patch.demo import results
-from padfree_patch.demo.command import demo
+from padfree_patch.demo.command import demo, whole_file
 
 pytest.importorskip("accelerate")
 
@@ -70,6 +70,35 @@ def test_unreadable_data_says_which_line(tmp_path):
     data = tmp_path / "texts.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n{"question": "a", "answer": "b"}\n')
     outcome = CliRunner().invoke(demo, ["--data", str(data), "--output", str(tmp_path)])
-    assert outcome.exit_code == 1
+    assert outcome.exit_code == 2
     assert "line 2" in outcome.output
     assert "question" in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (lambda folder: {"--output": folder / "file" / "below"}, "is no folder that can be written to"),
+        (lambda folder: {"--output": "a\0b"}, "is no folder that can be written to: embedded null byte"),
+        (lambda folder: {"--data": "a\0b"}, "embedded null byte"),
+        (lambda folder: {"--model": folder / "nothing"}, "nothing' cannot be used: "),
+        (lambda folder: {"--seed": "-1"}, "-1 is not in the range"),
+        (lambda folder: {"--steps": "0"}, "0 is not in the range"),
+    ],
+)
+def test_what_cannot_be_used_is_a_line_and_exit_status_2(tmp_path, options, message):
+    (tmp_path / "file").write_text("")
+    given = {"--output": tmp_path / "out", **options(tmp_path)}
+    outcome = CliRunner().invoke(demo, [str(each) for pair in given.items() for each in pair])
+    assert outcome.exit_code == 2
+    assert message in outcome.output.splitlines()[-1]
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path):
+    place = tmp_path / "results.json"
+    with whole_file(place) as file:
+        file.write_text("old")
+    with pytest.raises(OSError, match="full"), whole_file(place) as file:
+        file.write_text("ne")
+        raise OSError("full")
+    assert [each.read_text() for each in tmp_path.iterdir()] == ["old"]
