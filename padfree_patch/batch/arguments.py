@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import PadfreeError
+from .host import exceeds
 
 
 def checked_positions(position_ids: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
@@ -30,7 +31,7 @@ def check_no_segments(attention_mask: object, mask: Tensor | None, shape: tuple[
     """Raises PadfreeError if a mask of another shape holds segment numbers: they can't be meant for these tokens."""
     if not isinstance(attention_mask, Tensor) or mask is not None or attention_mask.dim() != 2:
         return
-    if attention_mask.dtype != torch.bool and not is_unreadable(attention_mask) and attention_mask.max() > 1:
+    if attention_mask.dtype != torch.bool and not is_unreadable(attention_mask) and exceeds(attention_mask, 1):
         raise PadfreeError(f"attention_mask holds segment numbers of shape {tuple(attention_mask.shape)} for {shape}")
 
 

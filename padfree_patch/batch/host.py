@@ -20,12 +20,16 @@ def host_values(tensor: Tensor) -> Values:
     return _widened(tensor.detach().cpu()).numpy()
 
 
+def exceeds(tensor: Tensor, limit: int) -> bool:
+    """Whether any value of a tensor of any dtype is larger than the limit. One device sync."""
+    return bool((_widened(tensor) > limit).any())
+
+
 def host_pair(first: Tensor, second: Tensor) -> tuple[Values, Values]:
     """Returns the values of two tensors of one shape, which come to the host together. One device sync."""
-    dtype = torch.int64
-    if first.is_floating_point() or second.is_floating_point():
-        dtype = torch.float32 if first.device.type == "mps" else torch.float64  # Apple's has no float64
-    pair = host_values(torch.stack([first.to(dtype), second.to(dtype)]))
+    wide = [_widened(each) for each in (first, second)]
+    dtype = torch.promote_types(*(each.dtype for each in wide))
+    pair = host_values(torch.stack([each.to(dtype) for each in wide]))
     return pair[0], pair[1]
 
 
@@ -79,4 +83,6 @@ def _widened(tensor: Tensor) -> Tensor:
     """Returns int64 or float64: numpy knows no bfloat16, and small integers would wrap when something is added."""
     if tensor.is_complex():
         raise PadfreeError(f"{str(tensor.dtype).removeprefix('torch.')} where positions or segment numbers should be")
-    return tensor.double() if tensor.is_floating_point() else tensor.long()
+    if not tensor.is_floating_point():
+        return tensor.long()
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()  # Apple's has no float64

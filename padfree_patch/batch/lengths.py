@@ -55,7 +55,7 @@ def begins_of(sequences: PackedSequences, shape: tuple[int, int], device: torch.
     return begins.index_fill_(0, sequences.begins().to(device), True).view(shape)
 
 
-def agrees(positions: Tensor, sequences: PackedSequences) -> Tensor:
+def agrees(positions: Tensor, sequences: PackedSequences, mask: Tensor | None = None) -> Tensor:
     """Returns bool (): whether positions go up inside each sequence, by any step, and break where one begins.
 
     Without a device sync.
@@ -63,23 +63,24 @@ def agrees(positions: Tensor, sequences: PackedSequences) -> Tensor:
     Args:
         positions: (B, T), of any dtype.
         sequences: with B * T tokens, of which every row begins one.
+        mask: (B, T), 0 for padding, whose positions may be anything; or None.
     """
-    if positions.is_floating_point():
-        values = positions.float() if positions.dtype.itemsize < 4 else positions
-    else:
-        values = positions.long()  # small integers would wrap
+    values = positions.float() if positions.is_floating_point() else positions.long()  # small integers would wrap
     begins = begins_of(sequences, (values.shape[0], values.shape[1]), values.device)
     now, before = values[:, 1:], values[:, :-1]
-    return torch.where(begins[:, 1:], now != before + 1, now > before).all()
+    good = torch.where(begins[:, 1:], now != before + 1, now > before)
+    if mask is not None:
+        good |= (mask[:, 1:] == 0) | (mask[:, :-1] == 0)
+    return good.all()
 
 
-def check_positions(positions: Tensor, sequences: PackedSequences) -> None:
-    """Raises PadfreeError unless positions (B, T) agree with the sequences. Without a device sync."""
+def check_positions(positions: Tensor, sequences: PackedSequences, mask: Tensor | None) -> None:
+    """Raises PadfreeError unless positions (B, T) of real tokens agree with the sequences. Without a device sync."""
     message = (
         "position_ids and the given lengths disagree on where sequences begin; leave one of the two out, or let "
         "the positions restart where a sequence begins"
     )
-    good = agrees(positions, sequences)
+    good = agrees(positions, sequences, mask)
     check_on_device(good, message, lambda: f"({tuple(lengths_of_positions(positions))} against {sequences.lengths})")
 
 

@@ -165,7 +165,7 @@ def _from_lengths(
 ) -> PackedBatch | None:
     sequences = sequences_of(lengths, shape, device)
     if positions is not None:
-        check_positions(positions, sequences)
+        check_positions(positions, sequences, mask)
     if mask is not None:  # its padding, or its segments, are read beside the lengths
         found = read_tensors(sequences.position_ids().view(shape), mask)
         return _packed(found and dataclasses.replace(found, steps_by_one=None), positions, shape, device)

@@ -27,9 +27,13 @@ def is_block_causal(mask: Tensor, begins: Tensor, *, several: bool) -> bool:
         several: whether a row must hold a second sequence beside its padding, too.
     """
     rows, tokens = begins.shape
-    if mask.dim() != 4 or mask.shape[1:] != (1, tokens, tokens) or mask.shape[0] not in (1, rows):
+    if mask.is_complex() or mask.dim() != 4 or mask.shape[1:] != (1, tokens, tokens) or mask.shape[0] not in (1, rows):
         return False
-    values, number, place = mask.detach()[:, 0], begins.cumsum(-1), torch.arange(tokens, device=mask.device)
+    values, number, place = (
+        _comparable(mask.detach()[:, 0]),
+        begins.cumsum(-1),
+        torch.arange(tokens, device=mask.device),
+    )
     lowest = torch.zeros((), device=mask.device) if values.dtype == torch.bool else values.min()
     good, real = [], []
     for some in place.split(_QUERIES):
@@ -41,6 +45,13 @@ def is_block_causal(mask: Tensor, begins: Tensor, *, several: bool) -> bool:
     all_real = torch.cat(real, 1)
     good.append(_restarts(all_real, begins) if several else all_real.any())  # zeros alone may hide all or nothing
     return bool(torch.stack(good).all())
+
+
+def _comparable(values: Tensor) -> Tensor:
+    """Returns values of a dtype that torch compares; it does so for few of the unsigned and the 8-bit floating ones."""
+    if values.is_floating_point():
+        return values if values.dtype.itemsize > 1 else values.float()
+    return values if values.dtype == torch.bool else values.long()
 
 
 def _meaning(values: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,6 +89,12 @@ def test_positions_that_do_not_say_the_same_are_upstreams_business(positions):
     assert read(block_causal(*LENGTHS), positions) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.float8_e4m3fn, torch.complex64], ids=str)
+def test_masks_of_any_dtype_are_looked_at(dtype):
+    found = read(block_causal(*LENGTHS).to(dtype))
+    assert (found is None) == dtype.is_complex
+
+
 def test_a_bias_that_hides_nothing_is_no_mask_of_ours():
     assert read(added(block_causal(*LENGTHS), -3.0)) is None
 
