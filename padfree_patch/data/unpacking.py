@@ -50,15 +50,20 @@ def sequence_log_probs(logits: Tensor, labels: Tensor, sequences: PackedSequence
         sequences: those of the batch. With chosen examples before rejected ones, the first half of the result is the
             chosen ones'.
 
-    Raises PadfreeError if logits or labels have another number of tokens, or other shapes.
+    Raises PadfreeError if logits or labels have another number of tokens, or other shapes, or labels are no integers.
     """
+    for name, each in (("logits", logits), ("labels", labels)):
+        _check_tensor(name, each)
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise PadfreeError(
             f"logits must be (B, T, vocabulary), labels (B, T), found {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
     flat_logits = _tokens_first(logits.flatten(0, 1), sequences)
-    following = ignore_first_labels(labels, sequences).flatten().roll(-1)
-    losses = F.cross_entropy(flat_logits.float(), following, ignore_index=IGNORED_LABEL, reduction="none")
+    following = ignore_first_labels(labels, sequences).long().flatten().roll(-1)
+    try:
+        losses = F.cross_entropy(flat_logits.float(), following, ignore_index=IGNORED_LABEL, reduction="none")
+    except IndexError as error:  # on the CPU; a device says it later, and otherwise
+        raise PadfreeError(f"a label is outside of the vocabulary of {logits.shape[2]}: {error}") from error
     owner = torch.repeat_interleave(
         torch.arange(len(sequences), device=losses.device),
         sequences.cu_seqlens.diff().long().to(losses.device),
@@ -72,9 +77,20 @@ def _tokens_first(packed: Tensor, sequences: PackedSequences) -> Tensor:
 
     (B, 1, ...) with B tokens could be either, and is read as the latter.
     """
+    _check_tensor("what is unpacked", packed)
+    if not isinstance(sequences, PackedSequences):
+        raise PadfreeError(
+            f"sequences must be PackedSequences, found {type(sequences).__name__}: take the batch's packed_sequences, "
+            "or PackedSequences.from_position_ids(position_ids)"
+        )
     one_token_rows = packed.dim() > 2 and packed.shape[1] == 1
-    if packed.shape[0] == sequences.total and not one_token_rows:
+    if packed.dim() and packed.shape[0] == sequences.total and not one_token_rows:
         return packed
     if packed.dim() > 1 and packed.shape[:2].numel() == sequences.total:
         return packed.flatten(0, 1)
     raise PadfreeError(f"{sequences} don't fit something of shape {tuple(packed.shape)}")
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise PadfreeError(f"{name} must be a tensor, found {type(value).__name__}")

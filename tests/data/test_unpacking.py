@@ -64,3 +64,33 @@ def test_rows_of_a_single_token_are_rows():
     assert sequence_log_probs(logits, labels, sequences).tolist() == [0, 0, 0]
     with pytest.raises(PadfreeError, match=r"found \(3, 7\) and \(3, 1\)"):
         sequence_log_probs(logits[:, 0], labels, sequences)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_may_be_of_any_dtype_of_integers(dtype):
+    logits, labels, sequences = torch.randn(1, 3, 7), torch.tensor([[1, 2, 3]]), PackedSequences.from_lengths([2, 1])
+    expected = sequence_log_probs(logits, labels, sequences)
+    assert torch.equal(sequence_log_probs(logits, labels.to(dtype), sequences), expected)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda sequences: unpack([1, 2], sequences), "what is unpacked must be a tensor, found list"),
+        (lambda _: unpack(torch.zeros(1, 2), [2]), "sequences must be PackedSequences, found list: take the batch's"),
+        (lambda _: last_tokens(torch.zeros(1, 2), None), "sequences must be PackedSequences, found NoneType"),
+        (lambda sequences: unpack(torch.tensor(1), sequences), r"don't fit something of shape \(\)"),
+        (lambda each: sequence_log_probs(torch.zeros(1, 2, 5), [[1, 2]], each), "labels must be a tensor, found list"),
+        (
+            lambda each: sequence_log_probs(torch.zeros(1, 2, 5), torch.tensor([[1.0, 2.0]]), each),
+            "labels must be integers, found float32",
+        ),
+        (
+            lambda each: sequence_log_probs(torch.zeros(1, 2, 5), torch.tensor([[1, 9]]), each),
+            "a label is outside of the vocabulary of 5",
+        ),
+    ],
+)
+def test_what_cannot_be_unpacked_is_an_error(use, message):
+    with pytest.raises(PadfreeError, match=message):
+        use(PackedSequences.from_lengths([2]))
