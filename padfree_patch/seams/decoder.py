@@ -14,8 +14,9 @@ from ..models import implementation_of, pretrained_modules
 from ..registry import Patch
 from ..wrapping.call import Call
 from .answers import answering, check_head_not_passed_by
+from .full_rows import look_at_call
 from .kinds import Found, check_class_found, check_takes
-from .model_call import enter, seams_of, take_batch
+from .model_call import enter, seams_of, take_batch, tokens_of
 from .noise import embed_each_alone
 from .rotary import depends_on_length
 from .stand_in import stand_in
@@ -51,7 +52,9 @@ def enter_decoder(call: Call) -> Any:
 
 @torch.compiler.disable
 def _prepare(call: Call) -> PackedBatch | None:
+    mask = call.arguments.get("attention_mask")
     batch = take_batch(call)
+    look_at_call(call.module, tokens_of(call.arguments), mask, batch)
     if batch is not None:
         check_implementation(type(call.module).__name__, call.module)  # it may have been switched since apply
         check_head_not_passed_by(call.module)

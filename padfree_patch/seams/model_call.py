@@ -15,6 +15,7 @@ from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import Answer, Seam, is_wrapper, original_of
 from .found_ordinary import is_found_ordinary
+from .full_rows import look_at_bare_call
 from .jump import say_jump
 from .stand_in import is_stand_in
 from .under_way import under_way
@@ -40,8 +41,12 @@ def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return False  # upstream says what is wrong
     if tokens.shape[0] == 0 or tokens.shape[1] == 0:
         return True
-    several_tokens = tokens.shape[1] > 1  # unlike in every step of generate but the first
-    return several_tokens and not (kwargs.get("position_ids") is None and kwargs.get("attention_mask") is None)
+    if tokens.shape[1] == 1:  # as in every step of generate but the first
+        return False
+    if kwargs.get("position_ids") is None and kwargs.get("attention_mask") is None:
+        look_at_bare_call(args[0], tokens)
+        return False
+    return True
 
 
 def seams_of(model: nn.Module, answer: Answer, entry: Answer, shown: tuple[str, ...] = ()) -> set[Seam]:

@@ -73,7 +73,6 @@ def trained(model, tokenizer, folder, collator, dataset, *, patched, batch_size=
     config = SFTConfig(
         str(folder),
         per_device_train_batch_size=batch_size,
-        max_steps=3,
         learning_rate=1e-2,
         optim="sgd",
         max_grad_norm=0.0,
@@ -83,7 +82,7 @@ def trained(model, tokenizer, folder, collator, dataset, *, patched, batch_size=
         bf16=False,
         gradient_checkpointing=False,
         save_strategy="no",
-        **{"dataset_kwargs": {"skip_prepare_dataset": True}, **length, **options},
+        **{"dataset_kwargs": {"skip_prepare_dataset": True}, "max_steps": 3, **length, **options},
     )
     named = "processing_class" if "processing_class" in inspect.signature(SFTTrainer).parameters else "tokenizer"
     trainer = SFTTrainer(
@@ -183,3 +182,19 @@ def test_trls_own_packing_is_isolated(model, tokenizer, tmp_path):
     assert len(row["seq_lengths"]) > 1
     torch.testing.assert_close(loss, alone / predicted)
     assert abs(mixed - loss) > 1e-3  # the control
+
+
+def test_trls_packing_without_boundaries_is_said(model, tokenizer, tmp_path):
+    """The only packing of TRL 0.9, and packing_strategy="wrapped": full rows and nothing else."""
+    takes = inspect.signature(SFTConfig).parameters
+    texts = datasets.Dataset.from_list([{"text": " ".join(["one two three four"] * n)} for n in LENGTHS])
+    length = {"max_length": 24} if "max_length" in takes else {"max_seq_length": 24}
+    strategy = {"packing_strategy": "wrapped"} if "packing_strategy" in takes else {}
+    options = {"packing": True, "dataset_text_field": "text", "dataset_kwargs": None, "max_steps": 14}
+    with pytest.warns(UserWarning, match="have full rows, of which nothing says where examples end"):
+        _, trainer = trained(
+            model, tokenizer, tmp_path, None, texts, patched=True, batch_size=2, **length, **strategy, **options
+        )
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert set(batch) <= {"input_ids", "attention_mask", "labels"} and batch["input_ids"].shape == (2, 24)
+    assert (batch["attention_mask"] == 1).all()
