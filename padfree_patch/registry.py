@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .batch.packed_batch import PackedBatch
 from .errors import PadfreeError
-from .models import pretrained_modules
+from .models import is_transformers_model, pretrained_modules
 from .wrapping.call import Call
 
 ENTRY_POINT_GROUP = "padfree_patch.patches"
@@ -140,8 +140,19 @@ def patch_for(model: nn.Module) -> Patch:
     patch = registry().get(model_type)
     if patch is None:
         raise PadfreeError(
-            f"{type(outermost).__name__} (model type {model_type!r}) is not supported; supported model types: "
-            f"{supported}. "
+            f"{type(outermost).__name__} (model type {model_type!r}) is not supported{_supported_inside(outermost)}; "
+            f"supported model types: {supported}. "
             f"CONTRIBUTING.md adds one in five steps, here or in a package of yours (entry point {ENTRY_POINT_GROUP!r})"
         )
     return patch
+
+
+def _supported_inside(outermost: nn.Module) -> str:
+    """Says which supported model is in one that is not, as the language model of one that sees: for the error."""
+    for name, module in outermost.named_modules():
+        config = getattr(module, "config", None) if name and is_transformers_model(module) else None
+        if registry().get(getattr(config, "model_type", None)) is not None:
+            return (
+                f", but .{name} in it is; padfree_patch.apply(model.{name}) patches that {type(module).__name__} alone"
+            )
+    return ""

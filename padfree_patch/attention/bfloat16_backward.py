@@ -36,7 +36,7 @@ def gradients_by_matmuls(
     dout_delta = torch.cat([dout, parts_of(-delta, q.dtype)], -1)[0].unflatten(0, (key_heads, groups))
     k_ones, v_ones = (torch.cat([x, ones], -1)[0].transpose(1, 2) for x in (k, v))  # (K, D + 3, L)
     dq = torch.empty_like(q)
-    dk, dv = (torch.zeros(x.shape[1:], dtype=torch.float32) for x in (k, v))  # (K, L, D)
+    dk, dv = (torch.zeros(x.shape[1:], dtype=torch.float32, device=x.device) for x in (k, v))  # (K, L, D)
     unused = q.new_empty(())
     for start in range(0, length, CHUNK):
         stop = min(start + CHUNK, length)
@@ -56,4 +56,4 @@ def gradients_by_matmuls(
 @functools.lru_cache(maxsize=16)
 def _causal(rows: int, dtype: torch.dtype) -> Tensor:
     """Makes a mask to add, (rows, rows): -inf where a key comes after its query."""
-    return torch.full((rows, rows), -torch.inf, dtype=dtype).triu_(1)
+    return torch.full((rows, rows), -torch.inf, dtype=dtype, device="cpu").triu_(1)

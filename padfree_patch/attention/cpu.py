@@ -49,11 +49,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, scale: 
 def works() -> bool:
     """Tries, on three tokens with shared keys, whether this PyTorch has the operators as they are called here."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v, dout = (torch.randn(1, heads, 3, 8, generator=generator) for heads in (2, 1, 1, 2))
+    q, k, v, dout = (torch.randn(1, heads, 3, 8, generator=generator, device="cpu") for heads in (2, 1, 1, 2))
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         scores = 0.5 * leaves[0] @ leaves[1].transpose(2, 3)
-        expected = scores.masked_fill(torch.ones(3, 3, dtype=torch.bool).triu(1), -torch.inf).softmax(-1) @ leaves[2]
+        later = torch.ones(3, 3, dtype=torch.bool, device="cpu").triu(1)
+        expected = scores.masked_fill(later, -torch.inf).softmax(-1) @ leaves[2]
         gradients = torch.autograd.grad(expected, leaves, dout)
     try:
         with torch.no_grad():
@@ -198,8 +199,10 @@ def _bands(size: int, sees: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     The first, (size, sees - 1 + size), is for keys that begin `sees - 1` tokens before the queries; the second,
     (sees - 1 + size, size), for queries that begin with the keys.
     """
-    ahead = torch.arange(sees - 1 + size) - torch.arange(size)[:, None]
-    for_queries = torch.zeros(ahead.shape, dtype=dtype).masked_fill_((ahead < 0) | (ahead >= sees), -torch.inf)
+    ahead = torch.arange(sees - 1 + size, device="cpu") - torch.arange(size, device="cpu")[:, None]
+    for_queries = torch.zeros(ahead.shape, dtype=dtype, device="cpu").masked_fill_(
+        (ahead < 0) | (ahead >= sees), -torch.inf
+    )
     return for_queries, for_queries.t().contiguous()
 
 

@@ -141,7 +141,7 @@ class PackedSequences:
     def agrees_with(self, other: PackedSequences) -> Tensor:
         """Returns bool (): whether both, of as many tokens, hold the same sequences. No device sync."""
         if self._lengths is not None and other._lengths is not None:
-            return torch.tensor(self._lengths == other._lengths)
+            return torch.tensor(self._lengths == other._lengths, device="cpu")
         here = self._cu_seqlens.device
         both = [torch.zeros(self._total + 1, dtype=torch.bool, device=here) for _ in range(2)]
         mine, its = (
@@ -272,7 +272,8 @@ class PackedSequences:
 
 def _as_integers(cu_seqlens: Tensor | Sequence[int]) -> Tensor:
     try:
-        cu = torch.as_tensor(cu_seqlens)
+        with torch.device("cpu"):  # as_tensor would move a tensor to the default device
+            cu = cu_seqlens if isinstance(cu_seqlens, Tensor) else torch.as_tensor(cu_seqlens)
     except (TypeError, ValueError, RuntimeError) as error:
         raise PadfreeError(f"cu_seqlens must be integers, found {str(cu_seqlens)[:80]} ({error})") from error
     cu = cu.reshape(-1) if cu.dim() == 2 and cu.shape[0] == 1 else cu

@@ -40,7 +40,8 @@ class Entry:
         """Draws token ids (1, length) each, with the model's first and last token of a text at the ends."""
         weight = cast(Tensor, self._embed.weight)
         generator = torch.Generator().manual_seed(0)
-        texts = [torch.randint(weight.shape[0], (1, n), generator=generator) for n in lengths]
+        with torch.device("cpu"):  # whatever the default device is, the generator is there
+            texts = [torch.randint(weight.shape[0], (1, n), generator=generator) for n in lengths]
         for name, place in (("bos_token_id", 0), ("eos_token_id", -1)):
             token = getattr(self._config, name, None)
             if isinstance(token, int) and 0 <= token < weight.shape[0]:
@@ -68,7 +69,7 @@ class Entry:
                 raise self._refusal(f"takes {', '.join(self._parameters)}, and nothing that says where examples end")
             given["attention_mask"] = (options["position_ids"] == 0).cumsum(1)
         if self._has_tasks:
-            given["task_ids"] = torch.zeros(1, dtype=torch.int64)
+            given["task_ids"] = torch.zeros(1, dtype=torch.int64, device=cast(Tensor, self._embed.weight).device)
         return given
 
     def _run(self, tokens: Tensor, options: dict[str, Tensor]) -> object:

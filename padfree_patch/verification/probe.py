@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 
 import torch
@@ -37,7 +38,7 @@ class Probe:
         self.model = cast(nn.Module, outermost.base_model) if needs_rows(outermost) else model
         self._entry = Entry(self.model, outermost)
         self.a, self.b, self.other_a = self._entry.random_texts(*LENGTHS, LENGTHS[0])
-        self.positions = torch.cat([torch.arange(n) for n in LENGTHS]).unsqueeze(0).to(self.a.device)
+        self.positions = torch.cat([torch.arange(n, device=self.a.device) for n in LENGTHS]).unsqueeze(0)
         self.autocast: AbstractContextManager[object] = nullcontext()
         self.autocast = self._autocast_if_needed(self.a.device.type)
 
@@ -75,9 +76,11 @@ class Probe:
 
     def leaked_gradient(self) -> float:
         """Measures the gradient of B's loss at A's embeddings."""
-        loss = self.packed(self.a)[:, LENGTHS[0] :].float().square().sum()
-        gradients = torch.autograd.grad(loss, self._entry.embeddings, allow_unused=True)
-        return max((largest(each[:, : LENGTHS[0]]) for each in gradients if each is not None), default=0.0)
+        with _frozen(self.model):
+            loss = self.packed(self.a)[:, LENGTHS[0] :].float().square().sum()
+            loss.backward()  # not autograd.grad, which reentrant checkpointing refuses
+        gradients = [each.grad for each in self._entry.embeddings if each.grad is not None]
+        return max((largest(each[:, : LENGTHS[0]]) for each in gradients), default=0.0)
 
     def alone_error(self) -> tuple[float, float]:
         """Measures the relative difference between packed and alone; gives it, and what it may be."""
@@ -95,6 +98,19 @@ class Probe:
     def first_leak(self) -> str | None:
         """Names the first module that carries something from A to B."""
         return first_leak(self.model, self.packed, self.a, self.other_a, LENGTHS[1])
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Lets a backward leave no gradients at the parameters."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.is_leaf]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def largest(values: Tensor) -> float:

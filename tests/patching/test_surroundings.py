@@ -1,0 +1,105 @@
+"""What stands around a model and its layers, which apply must cope with or name."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+
+import padfree_patch
+from helpers.models import assert_exact
+from padfree_patch import PackedSequences, PadfreeError
+from padfree_patch.testing import conformance, examples
+
+pytestmark = pytest.mark.versions
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the forward without gradients
+@pytest.mark.parametrize("kind", CheckpointImpl, ids=lambda kind: kind.name)
+def test_layers_in_torchs_checkpoint_wrapper_are_no_obstacle(make, batch, alone, kind):
+    """Reentrant ones refuse `torch.autograd.grad`: the check must do without."""
+    model = make()
+    model.model.layers = nn.ModuleList(checkpoint_wrapper(each, checkpoint_impl=kind) for each in model.model.layers)
+    model.model.layers[0].requires_grad_(False)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    padfree_patch.apply(model)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert_exact(model, batch, alone)
+
+
+@pytest.fixture
+def _meta_is_the_default_device():
+    """Strictest of all: nothing that is made there by mistake can be read."""
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+def ways_to_say_where(sequences: PackedSequences) -> dict[str, dict[str, object]]:
+    cu_seqlens = torch.tensor([0, 5, 14, 15, 27], dtype=torch.int32)
+    assert sequences.cu_seqlens.tolist() == cu_seqlens.tolist()
+    numbers = torch.repeat_interleave(torch.arange(4), torch.tensor(sequences.lengths))[None]
+    return {
+        "positions": {"position_ids": sequences.position_ids()[None]},
+        "cu_seqlens": {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens},
+        "segments": {"attention_mask": numbers + 1},
+        "numbers": {"seq_idx": numbers.int(), "position_ids": sequences.position_ids()[None]},
+        "sequences": {"packed_sequences": sequences},
+    }
+
+
+def test_default_device_other_than_the_models_is_no_obstacle(llama, batch, request):
+    """Upstream's own mask of a sliding window fails there."""
+    alone = conformance.logits_alone(lambda: copy.deepcopy(llama), examples(conformance.LENGTHS))
+    model, sequences = llama, PackedSequences.from_position_ids(batch["position_ids"])
+    ways = ways_to_say_where(sequences)
+    request.getfixturevalue("_meta_is_the_default_device")
+    padfree_patch.apply(model)
+    for way in ways.values():
+        assert_exact(model, {"input_ids": batch["input_ids"], **way}, alone)
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+
+
+class Actor(nn.Module):
+    """Takes other arguments than any transformers model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, sequences, positions=None):
+        return self.model(sequences, position_ids=positions).logits.log_softmax(-1)
+
+
+def test_refusal_of_an_actor_names_the_model_inside(llama):
+    says = r"Actor.forward takes sequences, positions, and no input_ids.*on the transformers model inside it, .model$"
+    with pytest.raises(PadfreeError, match=says):
+        padfree_patch.apply(Actor(llama))
+    padfree_patch.apply(Actor(llama).model)
+
+
+class SeeingConfig(transformers.PretrainedConfig):
+    model_type = "seeing"
+
+
+class Seeing(transformers.PreTrainedModel):
+    """As a model that sees has its language model inside."""
+
+    config_class = SeeingConfig
+
+    def __init__(self, language_model):
+        super().__init__(SeeingConfig())
+        self.vision, self.language_model = nn.Linear(2, 2), language_model
+
+
+def test_refusal_of_a_model_around_a_supported_one_names_that(llama):
+    says = r"Seeing \(model type 'seeing'\) is not supported, but .language_model in it is; padfree_patch.apply"
+    model = Seeing(llama)
+    with pytest.raises(PadfreeError, match=says + r"\(model.language_model\) patches that LlamaForCausalLM alone"):
+        padfree_patch.apply(model)
+    padfree_patch.apply(model.language_model)
