@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from ..seams.decoder import IMPLEMENTATIONS
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import lock
 from .added_adapters import verify_added_adapters
+from .first_call import verify_at_first_call
 from .plan import Plan, plan
 from .state import State, remove_unused
 
@@ -48,6 +49,7 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
         verified = verify and _verify(planned.patch, model)
         _report_if_untested(planned.patch, verified=verified)
         _remember_adapters(model, verify=verify)
+        _check_later(model, verify_at_first_call if verify and not verified else None)
     except BaseException:
         before.put_back()
         raise
@@ -109,6 +111,12 @@ def _remember_adapters(model: nn.Module, *, verify: bool) -> None:
             opt_in.checked_adapters |= there
 
 
+def _check_later(model: nn.Module, check: Callable[[nn.Module], None] | None) -> None:
+    for module in model.modules():
+        if opt_in := OptIn.of(module):
+            opt_in.first_check = check
+
+
 def _report_if_untested(patch: Patch, *, verified: bool) -> None:
     """Notes in the log that this transformers is outside the tested range, or warns if the model was not checked."""
     version = versions.transformers_version()
@@ -139,9 +147,9 @@ def _verify(patch: Patch, model: nn.Module) -> bool:
             f"{patch.model_type}: the patched model can't run a packed row: {error!r} on transformers "
             f"{versions.transformers_version()} (patch tested on {patch.transformers}); it was put back as it was"
         ) from error
-    if result.skipped:
+    if reason := result.skipped or verification.why_nothing_shows(model):
         warnings.warn(
-            f"padfree_patch.apply could not check its work: {result.skipped}. "
+            f"padfree_patch.apply could not check its work: {reason}. "
             "Call padfree_patch.verify(model) once the weights are there, or pass verify=False",
             stacklevel=3,
         )

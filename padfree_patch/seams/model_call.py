@@ -82,6 +82,7 @@ def take_batch(call: Call) -> PackedBatch | None:
     if batch is None:
         return None
     _check_result(call)
+    _check_if_first(call.module)
     say_jump(call.module, batch)
     check_active_adapters(call.module)
     call.arguments["position_ids"] = batch.position_ids
@@ -101,6 +102,15 @@ def _is_upstreams(call: Call) -> bool:
     if arguments.get("packed_sequences") is not None:  # which only our collators make
         return False
     return id(call.module) in under_way.generating or "write_index" in arguments
+
+
+def _check_if_first(module: nn.Module) -> None:
+    """Checks at its first packed training call what `apply` could not check of a model, and raises what it finds."""
+    opt_in = OptIn.of(module)
+    if opt_in is None or opt_in.first_check is None or opt_in.being_checked:
+        return
+    if module.training and torch.is_grad_enabled():
+        opt_in.first_check(module)
 
 
 def batch_of_call(call: Call) -> PackedBatch | None:

@@ -19,7 +19,15 @@ from .probe import LENGTHS, TOLERANCE_EPS, Probe, largest
 from .result import Verification
 from .untouched import untouched, unwrapped, why_it_cannot_run
 
-__all__ = ["LENGTHS", "Verification", "rounding_of_neighbours", "run_alone", "run_packed", "verify"]
+__all__ = [
+    "LENGTHS",
+    "Verification",
+    "rounding_of_neighbours",
+    "run_alone",
+    "run_packed",
+    "verify",
+    "why_nothing_shows",
+]
 
 _ROUTER = re.compile(r"(^|\.)(experts|router)(\.|$)")
 """Names of submodules that mixtures of experts have, in every version."""
@@ -76,6 +84,24 @@ def _why_alone_is_refused(model: nn.Module) -> str | None:
     config = pretrained_modules(model)[0].config
     patch = registry().get(getattr(config, "model_type", None))
     return patch.upstream_refuses(config) if patch is not None and patch.upstream_refuses is not None else None
+
+
+@torch.enable_grad()
+def why_nothing_shows(model: nn.Module) -> str | None:
+    """Says why the outputs of a model, as it runs one example alone, can't tell a leak from none; None if they can.
+
+    So it is before its weights are there: on ranks that wait for those of another, they are whatever the memory held.
+    """
+    if _why_alone_is_refused(model):
+        return None
+    with untouched(model):
+        probe = Probe(unwrapped(model))
+        some, other = (probe.alone(each) for each in (probe.a, probe.other_a))
+    names = (name for name, each in model.named_parameters() if not torch.isfinite(each.detach().float().sum()))
+    if not torch.isfinite(some).all():
+        where = next((f" ({name} is not finite)" for name in names), "")
+        return f"its outputs are not finite for one example alone either{where}; are the weights not loaded yet?"
+    return None if largest(some - other) else "its outputs do not depend on the tokens; are the weights not loaded yet?"
 
 
 @torch.enable_grad()

@@ -35,6 +35,8 @@ class OptIn:
         """What stood in the module's `__dict__` and would have gone past the patched class."""
         self.check: Callable[[nn.Module], None] | None = None
         """Checks adapters that came after `apply`, at their first packed call; None if `apply` was to check nothing."""
+        self.first_check: Callable[[nn.Module], None] | None = None
+        """What `apply` could not check, and checks at the first packed training call; None if nothing is left."""
         self.checked_adapters: set[Adapters] = set()
         """The active adapters, each time that they were checked."""
         self.being_checked = False
@@ -75,12 +77,14 @@ class OptIn:
     def __deepcopy__(self, memo: dict[int, Any]) -> OptIn:
         twin = OptIn(self.model_type, self.backend, self.seams, self.layers)
         twin.check, twin.checked_adapters = self.check, set(self.checked_adapters)
+        twin.first_check = self.first_check
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         seams = tuple(seam.by_name() for seam in self.seams)
         saved_with = str(versions.transformers_version())
-        return _unpickle, (self.model_type, self.backend, seams, self.layers, saved_with), {"check": self.check}
+        state = {"check": self.check, "first_check": self.first_check}
+        return _unpickle, (self.model_type, self.backend, seams, self.layers, saved_with), state
 
 
 living: weakref.WeakSet[OptIn] = weakref.WeakSet()
