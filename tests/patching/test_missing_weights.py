@@ -1,4 +1,4 @@
-"""Weights that are not there yet: apply warns that nothing could be checked, and the first packed training call checks."""
+"""Weights that are not there yet: apply warns that nothing shows, and the first packed training call is checked."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_weights_that_are_missing_are_a_warning_and_checked_at_the_first_packed_
     weights = {name: value.clone() for name, value in llama.state_dict().items()}
     lose(llama)
     with pytest.warns(
-        UserWarning, match=r"apply could not check its work: its outputs .* are the weights not loaded yet"
+        UserWarning, match=r"apply could not check its work: its outputs .* as if its weights were not loaded yet"
     ):
         padfree_patch.apply(llama)
     llama.load_state_dict(weights)
