@@ -100,12 +100,11 @@ def why_nothing_shows(model: nn.Module) -> str | None:
     names = (name for name, each in model.named_parameters() if not torch.isfinite(each.detach().float().sum()))
     if not torch.isfinite(some).all():
         where = next((f" ({name} is not finite)" for name in names), "")
-        return f"its outputs are not finite for one example alone either{where}, as if its weights were not loaded yet"
-    return (
-        None
-        if largest(some - other)
-        else "its outputs do not depend on the tokens, as if its weights were not loaded yet"
-    )
+        return f"its outputs are not finite for one example alone either{where}{_AS_IF}"
+    return None if largest(some - other) else f"its outputs do not depend on the tokens{_AS_IF}"
+
+
+_AS_IF = ", as if its weights were not loaded yet"
 
 
 @torch.enable_grad()
