@@ -17,6 +17,27 @@ MOST = 2**53
 """The largest float or length that is taken: every whole number up to it is also a float of its own."""
 
 
+def names(values: object, name: str) -> list[str]:
+    """Returns a list of names.
+
+    Raises PadfreeError naming the argument if it is none.
+    """
+    if isinstance(values, list | tuple | set | frozenset) and all(isinstance(each, str) for each in values):
+        return list(values)
+    raise PadfreeError(f"{name} must be a list of names, such as ['weight'], found {_shown(values)}")
+
+
+def number_of_64_bits(value: object, name: str) -> int:
+    """Returns a number, such as a label, as an int.
+
+    Raises PadfreeError naming the argument if it is not whole, or int64 does not hold it.
+    """
+    found = whole_number(value, name)
+    if not -(2**63) <= found < 2**63:
+        raise PadfreeError(f"{name} must be a whole number of 64 bits, found {_shown(value)}")
+    return found
+
+
 def whole_number(value: Any, name: str, least: int | None = None) -> int:
     """Returns a number as an int.
 
@@ -25,7 +46,7 @@ def whole_number(value: Any, name: str, least: int | None = None) -> int:
     >>> whole_number(8, "batch_size", 1)
     8
     """
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type != "meta":
         value = value.item()
     is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if isinstance(value, float | np.floating):
@@ -58,7 +79,12 @@ def whole_numbers(values: Iterable[object], name: str) -> Integers:
 def _as_array(values: object, name: str) -> npt.NDArray[np.generic]:
     """Returns an array (N,), of objects if the values are not all numbers."""
     if isinstance(values, torch.Tensor):
-        values = (values.float() if values.is_floating_point() else values).numpy(force=True)
+        try:
+            values = (values.float() if values.is_floating_point() else values).numpy(force=True)
+        except (TypeError, RuntimeError) as error:  # sparse, or on the meta device
+            raise PadfreeError(
+                f"{name} must be a list of whole numbers, found a tensor without them: {error}"
+            ) from error
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise PadfreeError(f"{name} must be a list of whole numbers, found {_shown(values)}")
     if not isinstance(values, np.ndarray):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 import torch
 
-from ..arguments import whole_numbers
+from ..arguments import number_of_64_bits, whole_numbers
 from ..batch.labels import IGNORED_LABEL
 from ..errors import PadfreeError
 from .fields import (
@@ -86,9 +86,8 @@ class DataCollatorForCompletionOnlyLM:
         self.instruction_token_ids = (
             None if instruction_template is None else self._template_ids(instruction_template, "instruction_template")
         )
-        self.ignore_index = ignore_index
+        self.ignore_index = number_of_64_bits(ignore_index, "ignore_index")
         self.padding_free = padding_free
-        self.pad_to_multiple_of = pad_to_multiple_of
         self.return_tensors = flattening.get("return_tensors", "pt")
         self._trl_lengths = padding_free and "return_flash_attn_kwargs" not in flattening
         options: FlatteningOptions = {
@@ -99,6 +98,7 @@ class DataCollatorForCompletionOnlyLM:
         self._flatten = DataCollatorWithFlattening(
             separator_id=ignore_index, pad_to_multiple_of=pad_to_multiple_of, **options
         )
+        self.pad_to_multiple_of = self._flatten.pad_to_multiple_of
 
     def __call__(self, features: Iterable[Example], return_tensors: str | None = None) -> dict[str, Any]:
         """Collates examples with `input_ids`; `labels` that they may have are not read, TRL's label masks are.
@@ -172,7 +172,7 @@ class DataCollatorForCompletionOnlyLM:
         Raises PadfreeError naming the argument if one is empty, is no text and no token ids, or is text without a
         tokenizer.
         """
-        if not isinstance(given, str | Sequence | np.ndarray | torch.Tensor):
+        if not isinstance(given, str | Sequence | np.ndarray | torch.Tensor) or getattr(given, "ndim", 1) == 0:
             raise PadfreeError(f"{name} must be text, token ids or a list of either, found {type(given).__name__}")
         if not isinstance(given, str) and len(given) and isinstance(given[0], str | Sequence | np.ndarray):
             return [self._ids_of_one(each, name) for each in given]

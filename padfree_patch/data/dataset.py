@@ -91,9 +91,9 @@ def _check_arguments(dataset: datasets.Dataset, column: str, too_long: str) -> N
         )
     if "seq_lengths" in dataset.column_names:
         raise PadfreeError("the dataset is packed already: its rows have seq_lengths")
-    if too_long not in TOO_LONG:
+    if not isinstance(too_long, str) or too_long not in TOO_LONG:
         raise PadfreeError(f"too_long={too_long!r}; choose one of {', '.join(TOO_LONG)}")
-    if column not in dataset.column_names:
+    if not isinstance(column, str) or column not in dataset.column_names:
         raise PadfreeError(f"no column {column!r} to pack by; the dataset has {', '.join(dataset.column_names)}")
 
 

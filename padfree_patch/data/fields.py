@@ -39,7 +39,8 @@ def list_of_examples(features: object, *, token_lists: bool = False) -> list[Fea
 
     Raises PadfreeError naming the first one that is no mapping, or saying that this is no list of examples.
     """
-    if isinstance(features, str | bytes | Mapping) or not isinstance(features, Iterable):
+    is_one = isinstance(features, str | bytes | Mapping) or getattr(features, "ndim", 1) == 0
+    if is_one or not isinstance(features, Iterable):
         raise PadfreeError(f"a collator takes a list of examples, each a dict of fields, found {_kind(features)}")
     examples: list[Feature] = []
     for i, feature in enumerate(features):
@@ -255,11 +256,11 @@ def _check_numbers(values: Numbers, shape: tuple[int, ...], what: str) -> None:
 
 def _as_array(value: object, what: str) -> Numbers:
     """Makes an array of the values; of bfloat16, which numpy lacks, float32."""
-    if isinstance(value, torch.Tensor):
-        return (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)
     try:
+        if isinstance(value, torch.Tensor):
+            return (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)
         return np.asarray(value)
-    except (ValueError, TypeError, RuntimeError) as error:  # lists of several lengths, tensors on a device
+    except (ValueError, TypeError, RuntimeError) as error:  # lists of several lengths, sparse tensors
         raise PadfreeError(
             f"{what} must be numbers of one shape, found a {_kind(value)} that is none: {error}"
         ) from error
@@ -273,8 +274,8 @@ def _described(value: object, array: Numbers) -> str:
 
 def as_tensors(batch: Mapping[str, object], kind: str) -> dict[str, Any]:
     """Returns the batch with its arrays as they are ("np") or as tensors ("pt")."""
+    if not isinstance(kind, str) or kind not in ("pt", "np"):
+        raise PadfreeError(f"return_tensors={kind!r}; choose 'pt' or 'np'")
     if kind == "np":
         return dict(batch)
-    if kind != "pt":
-        raise PadfreeError(f"return_tensors={kind!r}; choose 'pt' or 'np'")
     return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .. import versions
-from ..arguments import whole_number
+from ..arguments import names, number_of_64_bits, whole_number
 from ..batch.labels import IGNORED_LABEL, ignore_first_labels
 from ..batch.sequences import PackedSequences
 from ..errors import PadfreeError
@@ -104,8 +104,6 @@ class DataCollatorWithFlattening:
         token_fields: Sequence[str] = (),
         example_fields: Sequence[str] = (),
     ):
-        if isinstance(token_fields, str) or isinstance(example_fields, str):
-            raise PadfreeError("token_fields and example_fields are lists of names, such as ['weight']; found a string")
         if separator_id is None and versions.transformers(">=5.10"):
             warnings.warn(
                 "separator_id=None makes this Trainer count a label for every example of a row but the first, which "
@@ -114,15 +112,16 @@ class DataCollatorWithFlattening:
             )
         self.return_tensors = return_tensors
         self.return_position_ids = return_position_ids
-        self.separator_id = None if separator_id is None else whole_number(separator_id, "separator_id")
+        self.separator_id = None if separator_id is None else number_of_64_bits(separator_id, "separator_id")
         self.return_flash_attn_kwargs = return_flash_attn_kwargs
         self.return_seq_idx = return_seq_idx
-        self.position_ids_start = whole_number(position_ids_start, "position_ids_start")
-        self.pad_to_multiple_of = pad_to_multiple_of and whole_number(pad_to_multiple_of, "pad_to_multiple_of", 1)
-        self.pad_token_id = 0 if pad_token_id is None else whole_number(pad_token_id, "pad_token_id")
+        self.position_ids_start = number_of_64_bits(position_ids_start, "position_ids_start")
+        multiple = 0 if pad_to_multiple_of is None else whole_number(pad_to_multiple_of, "pad_to_multiple_of", 0)
+        self.pad_to_multiple_of = multiple or None
+        self.pad_token_id = 0 if pad_token_id is None else number_of_64_bits(pad_token_id, "pad_token_id")
         self.max_tokens = None if max_tokens is None else whole_number(max_tokens, "max_tokens", 1)
-        self.token_fields = list(token_fields)
-        self.example_fields = list(example_fields)
+        self.token_fields = names(token_fields, "token_fields")
+        self.example_fields = names(example_fields, "example_fields")
         self.dropped_examples = self.dropped_tokens = 0
         self._unread: set[str] = set()
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..arguments import names, number_of_64_bits
 from ..batch.labels import IGNORED_LABEL
 from ..errors import PadfreeError
 from .fields import (
@@ -82,10 +83,8 @@ class DataCollatorForPreference:
                 "sequences must be the chosen ones of the second. Fields of a pair are pair_fields, labels of prompts "
                 "ignore_index"
             )
-        if isinstance(pair_fields, str):
-            raise PadfreeError(f"pair_fields is a list of names, such as ['ref_chosen_logps']; found {pair_fields!r}")
-        self.ignore_index = ignore_index
-        self.pair_fields = list(pair_fields)
+        self.ignore_index = number_of_64_bits(ignore_index, "ignore_index")
+        self.pair_fields = names(pair_fields, "pair_fields")
         self._unread: set[str] = set()
         options: RowOptions = {"return_flash_attn_kwargs": True, **flattening}
         self._flatten = DataCollatorWithFlattening(separator_id=ignore_index, **options)

@@ -110,8 +110,8 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         if not isinstance(state, Mapping) or not {"epoch", "batches"} <= set(state):
             raise PadfreeError(f"a sampler's state has epoch and batches, found {state!r:.200}")
         for name, value in self._settings().items():
-            if state.get(name) != value:
-                raise PadfreeError(f"the saved order has {name} {state.get(name)}, this sampler {value}")
+            if not isinstance(state.get(name), int) or state[name] != value:
+                raise PadfreeError(f"the saved order has {name} {state.get(name)!r:.80}, this sampler {value}")
         epoch, done = whole_number(state["epoch"], "epoch", 0), whole_number(state["batches"], "batches", 0)
         if done > (count := self._count(epoch)):
             raise PadfreeError(f"the saved state has yielded {done} batches of epoch {epoch}, which has {count}")

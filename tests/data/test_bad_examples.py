@@ -45,6 +45,8 @@ pytestmark = pytest.mark.versions
         ([[1, 2]], "example 0 must be a dict of fields such as input_ids, found list"),
         ({"input_ids": [[1, 2]]}, "takes a list of examples, each a dict of fields, found dict of input_ids"),
         ("text", "takes a list of examples, each a dict of fields, found str"),
+        ([{"input_ids": torch.eye(2).to_sparse()}], "example 0: input_ids must be numbers of one shape"),
+        (torch.tensor(3), "takes a list of examples, each a dict of fields, found Tensor"),
         (None, "takes a list of examples, each a dict of fields, found NoneType"),
     ],
 )
@@ -58,11 +60,13 @@ def test_bad_examples_are_named(features, message):
     [
         ({"max_tokens": 2.5}, "max_tokens must be a whole number, 1 or more, found 2.5"),
         ({"max_tokens": 0}, "max_tokens must be a whole number, 1 or more, found 0"),
-        ({"pad_to_multiple_of": -8}, "pad_to_multiple_of must be a whole number, 1 or more, found -8"),
+        ({"pad_to_multiple_of": -8}, "pad_to_multiple_of must be a whole number, 0 or more, found -8"),
         ({"position_ids_start": None}, "position_ids_start must be a whole number, found None"),
         ({"separator_id": "x"}, "separator_id must be a whole number, found 'x'"),
+        ({"separator_id": 2**70}, "separator_id must be a whole number of 64 bits, found 11805"),
+        ({"example_fields": None}, "example_fields must be a list of names, such as"),
         ({"pad_token_id": float("nan")}, "pad_token_id must be a whole number, found nan"),
-        ({"token_fields": "weight"}, "are lists of names"),
+        ({"token_fields": "weight"}, "token_fields must be a list of names, such as"),
     ],
 )
 def test_arguments_that_mean_nothing_are_errors(options, message):

@@ -168,7 +168,7 @@ def test_fields_of_a_pair_that_are_left_out_are_named_once():
     with pytest.warns(UserWarning, match="leaves out score: name fields with a value per pair in pair_fields="):
         collator(pairs)
     collator(iter(pairs))  # a second warning would be an error
-    with pytest.raises(PadfreeError, match="pair_fields is a list of names"):
+    with pytest.raises(PadfreeError, match="pair_fields must be a list of names"):
         DataCollatorForPreference(pair_fields="margin")
 
 
