@@ -56,7 +56,8 @@ def test_columns_that_the_trainer_dropped_are_named(llama, tmp_path):
     """As of TRL's pack_dataset, whose seq_lengths no forward names."""
     import datasets
 
-    rows = datasets.Dataset.from_list([{**each, "seq_lengths": [len(each["input_ids"])]} for each in data()])
+    full = [{**each, "attention_mask": [1] * len(each["input_ids"])} for each in data()]
+    rows = datasets.Dataset.from_list([{**each, "seq_lengths": [len(each["input_ids"])]} for each in full])
     trainer = trainer_of(apply(llama), tmp_path, DataCollatorWithFlattening(), dataset=rows, max_steps=6)
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = 1
     first, *_ = cause(trainer)
