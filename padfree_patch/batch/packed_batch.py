@@ -100,7 +100,8 @@ def read_batch(
         shape: (B, T) of the tokens.
         device: of the tokens.
         position_ids: (B, T), (1, T) or None.
-        attention_mask: what the caller gave; 2-D masks are read, of wider ones (with a cache) the last T columns.
+        attention_mask: what the caller gave; 2-D masks are read, of wider ones (with a cache) the last T columns. Any
+            other one isolates, unless it says just what lengths or positions say.
         lengths: those of `LENGTH_ARGUMENTS` that the caller gave.
         generating: whether a cache came along, so that equal positions at the start of a row are left padding.
 
