@@ -16,7 +16,7 @@ from ..wrapping.call import Call
 from .answers import answering, check_head_not_passed_by
 from .full_rows import look_at_call
 from .kinds import Found, check_class_found, check_takes
-from .model_call import enter, seams_of, take_batch, tokens_of
+from .model_call import enter, proceed, seams_of, take_batch, tokens_of
 from .noise import embed_each_alone
 from .rotary import depends_on_length
 from .stand_in import stand_in
@@ -40,7 +40,7 @@ def find(model: nn.Module, patch: Patch) -> Found:
 def answer(call: Call) -> Any:
     batch = _prepare(call)
     if batch is None:
-        return call.proceed()
+        return proceed(call)
     calls_rotary = any(depends_on_length(child) for child in call.module.children())
     with answering(call.module), running(batch=batch) if calls_rotary else nullcontext():
         return call.proceed()

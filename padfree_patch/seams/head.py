@@ -18,7 +18,7 @@ from ..wrapping.seam import original_of
 from .answers import answering
 from .found_ordinary import found_ordinary
 from .kinds import Found, check_takes
-from .model_call import enter, seams_of, take_batch
+from .model_call import enter, proceed, seams_of, take_batch
 
 NAME = "head"
 
@@ -44,7 +44,7 @@ def _shown(head: nn.Module) -> tuple[str, ...]:
 def answer(call: Call) -> Any:
     around = found_ordinary(call) if _prepare(call) is None else answering(call.module)
     with around:
-        return call.proceed()
+        return proceed(call)
 
 
 def enter_head(call: Call) -> Any:

@@ -147,7 +147,9 @@ def _read(call: Call, lengths: dict[str, Any]) -> PackedBatch | None:
         return None  # upstream says what is missing
     name = type(call.module).__name__
     if tokens.numel() == 0:
-        raise PadfreeError(f"{name}: empty input, the tokens have shape {tuple(tokens.shape)}")
+        if lengths:
+            raise _empty_input(call, tokens)
+        return None
     cached = _cached_tokens(_cache_of(call.arguments))
     batch = read_batch(
         (int(tokens.shape[0]), int(tokens.shape[1])),
@@ -163,6 +165,26 @@ def _read(call: Call, lengths: dict[str, Any]) -> PackedBatch | None:
             "pass no cache with packed examples, or no restarting positions with a cache"
         )
     return batch
+
+
+def proceed(call: Call) -> Any:
+    """Calls upstream. Many versions serve a batch of no tokens.
+
+    Raises PadfreeError, from upstream's own error, if this one does not.
+    """
+    tokens = tokens_of(call.arguments)
+    if tokens is None or tokens.numel() > 0:
+        return call.proceed()
+    try:
+        return call.proceed()
+    except PadfreeError:  # of the decoder inside
+        raise
+    except Exception as error:
+        raise _empty_input(call, tokens) from error
+
+
+def _empty_input(call: Call, tokens: Tensor) -> PadfreeError:
+    return PadfreeError(f"{type(call.module).__name__}: empty input, the tokens have shape {tuple(tokens.shape)}")
 
 
 def tokens_of(arguments: dict[str, Any]) -> Tensor | None:

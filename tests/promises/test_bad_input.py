@@ -37,8 +37,10 @@ def batch():
         ({"attention_mask": torch.ones(1, 7, dtype=torch.int64)}, r"attention_mask is \(1, 7\) instead of \(1, 9\)"),
         ({"output_attentions": True}, "output_attentions"),
         ({"labels": torch.zeros(1, 8, dtype=torch.int64)}, r"labels have shape \(1, 8\)"),
-        ({"input_ids": torch.zeros(1, 0, dtype=torch.int64), "position_ids": None}, "empty input"),
-        ({"input_ids": torch.zeros(0, 4, dtype=torch.int64), "position_ids": None}, "empty input"),
+        (
+            {"input_ids": torch.zeros(1, 0, dtype=torch.int64), "cu_seq_lens_q": torch.tensor([0, 5, 9])},
+            r"empty input, the tokens have shape \(1, 0\)",
+        ),
     ],
 )
 def test_bad_call_is_an_error_that_shows_what_it_got_and_the_next_call_is_right(make, batch, change, message):
