@@ -31,8 +31,6 @@ def check_no_segments(attention_mask: object, mask: Tensor | None, shape: tuple[
     """Raises PadfreeError if a mask of another shape holds segment numbers: they can't be meant for these tokens."""
     if not isinstance(attention_mask, Tensor) or mask is not None or attention_mask.dim() != 2:
         return
-    if attention_mask.numel() == 0:
-        return  # upstream takes it for no mask, or says that it does not fit
     if attention_mask.dtype != torch.bool and not is_unreadable(attention_mask) and exceeds(attention_mask, 1):
         raise PadfreeError(f"attention_mask holds segment numbers of shape {tuple(attention_mask.shape)} for {shape}")
 
