@@ -186,7 +186,7 @@ def _runs_forward_of(frame: types.FrameType) -> Any:
     if not isinstance(first, nn.Module) or OptIn.of(first) is None or not is_transformers_model(first):
         return None
     function: Any = first.forward
-    while function is not None:
+    while function is not None and not is_wrapper(function):
         function = getattr(function, "__func__", getattr(function, "func", function))
         if getattr(function, "__code__", None) is code:
             return first

@@ -44,7 +44,9 @@ def is_found_ordinary(call: Call) -> bool:
 
 
 def _seen(call: Call) -> _Seen | None:
-    """Returns None where a change could not be noticed."""
+    """Returns None where a change could not be noticed, or no name says what the tokens are: nothing was read."""
+    if not any(name in call.arguments for name in ("input_ids", "inputs_embeds")):
+        return None
     given = [call.arguments.get(name) for name in ("position_ids", "attention_mask")]
     if any(isinstance(each, Tensor) and each.is_inference() for each in given):
         return None  # it has no version counter

@@ -11,13 +11,14 @@ from ..adapters import adapters_of, check_adapters
 from ..batch.lengths import LENGTH_ARGUMENTS
 from ..batch.packed_batch import PackedBatch, read_batch
 from ..errors import PadfreeError
-from ..wrapping.call import Call
+from ..wrapping.call import Call, takes_unnamed
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import Answer, Seam, is_wrapper, original_of
 from .found_ordinary import is_found_ordinary
 from .full_rows import look_at_bare_call
 from .jump import say_jump
 from .stand_in import is_stand_in
+from .tracing import check_not_traced, is_exporting, readable, reading
 from .under_way import under_way
 
 CACHE_ARGUMENTS = ("past_key_values", "cache")
@@ -30,14 +31,16 @@ def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     Looks at no values, and is traced by torch.compile: ordinary calls stay one graph. A decoder's call that already
     carries our stand-in passes too: an outer wrapper of ours has prepared it.
     """
-    if OptIn.of(args[0]) is None or is_stand_in(kwargs.get("attention_mask")):
+    if OptIn.of(args[0]) is None or is_stand_in(kwargs.get("attention_mask")) or is_exporting():
         return False
+    tokens = args[1] if len(args) > 1 else kwargs.get("input_ids")
+    if tokens is not None and not isinstance(tokens, Tensor):
+        return False  # traced by torch.fx, whose proxies have no values; or upstream says what is wrong
     if len(args) > 2 or any(name in kwargs for name in LENGTH_ARGUMENTS):
         return True
-    tokens = args[1] if len(args) == 2 else kwargs.get("input_ids")
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
-    if tokens is None or tokens.dim() < 2:
+    if not isinstance(tokens, Tensor) or tokens.dim() < 2:
         return False  # upstream says what is wrong
     if tokens.shape[0] == 0 or tokens.shape[1] == 0:
         return True
@@ -50,8 +53,17 @@ def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def seams_of(model: nn.Module, answer: Answer, entry: Answer, shown: tuple[str, ...] = ()) -> set[Seam]:
-    """Returns the seams of a model's forward, and of `__call__`, which reaches us if somebody replaces the forward."""
-    return {Seam(type(model), "forward", concerns, answer, shown), Seam(type(model), "__call__", concerns, entry)}
+    """Returns the seams of a model's forward, and of `__call__`, which reaches us if somebody replaces the forward.
+
+    Of a forward that takes its arguments as `*args`, the next one among the bases as well, which names them.
+    """
+    found = {Seam(type(model), "forward", concerns, answer, shown), Seam(type(model), "__call__", concerns, entry)}
+    forwards = [base for base in type(model).__mro__ if "forward" in vars(base)]
+    for base, below in zip(forwards, forwards[1:]):
+        if not takes_unnamed(original_of(vars(base)["forward"])):
+            break
+        found.add(Seam(below, "forward", concerns, answer))
+    return found
 
 
 @torch.compiler.disable(recursive=False)
@@ -151,19 +163,23 @@ def _read(call: Call, lengths: dict[str, Any]) -> PackedBatch | None:
             raise _empty_input(call, tokens)
         return None
     cached = _cached_tokens(_cache_of(call.arguments))
-    batch = read_batch(
-        (int(tokens.shape[0]), int(tokens.shape[1])),
-        tokens.device,
-        position_ids=call.arguments.get("position_ids"),
-        attention_mask=call.arguments.get("attention_mask"),
-        lengths=lengths,
-        generating=cached > 0,
-    )
+    given = readable(tokens, call.arguments.get("position_ids"), call.arguments.get("attention_mask"))
+    with reading():
+        batch = read_batch(
+            given.shape,
+            tokens.device,
+            position_ids=given.position_ids,
+            attention_mask=given.attention_mask,
+            lengths=lengths,
+            generating=cached > 0,
+        )
     if batch is not None and cached:
         raise PadfreeError(
             f"{name}: a packed batch ({batch.sequences}) with a cache that holds {cached} tokens; "
             "pass no cache with packed examples, or no restarting positions with a cache"
         )
+    if batch is not None:
+        check_not_traced(name)
     return batch
 
 
@@ -199,11 +215,13 @@ def _cache_of(arguments: dict[str, Any]) -> Any:
 
 
 def _cached_tokens(cache: Any) -> int:
-    if cache is None:
-        return 0
+    """Returns how many tokens a cache holds; 0 for what is none, of which upstream says what is wrong."""
     if hasattr(cache, "get_seq_length"):
         return int(cache.get_seq_length())
-    return int(cache[0][0].shape[-2]) if len(cache) and cache[0] is not None else 0  # tuples, before 4.36
+    if not isinstance(cache, tuple | list):
+        return 0
+    layer = cache[0] if cache else None  # keys and values, before 4.36
+    return int(layer[0].shape[-2]) if isinstance(layer, tuple | list) and layer and layer[0] is not None else 0
 
 
 def _check_result(call: Call) -> None:

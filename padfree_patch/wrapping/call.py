@@ -39,6 +39,16 @@ def takes_keyword(function: Callable[..., Any], name: str) -> bool:
     return name in takes or any(each.kind is each.VAR_KEYWORD for each in takes.values())
 
 
+def takes_unnamed(function: Callable[..., Any]) -> bool:
+    """Whether a function takes any number of arguments by position."""
+    return _positional(function)[1]
+
+
+def named_twice(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call gives an argument by position and by name, for which Python or a decorator has an answer."""
+    return any(name in kwargs for name in _positional(function)[0][: len(args)])
+
+
 def _positional(function: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:
     """Returns the names that can be passed by position, and whether more can be."""
     found = _names.get(function)
@@ -66,13 +76,10 @@ class Call:
     """All arguments by name, those of `**kwargs` among them; may be changed."""
 
     def __init__(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]):
-        names, takes_more = _positional(original)
-        named = dict(zip(names, args))
-        if (len(args) > len(names) and not takes_more) or named.keys() & kwargs.keys():
-            original(*args, **kwargs)  # raises the TypeError that Python has for it
+        names, _ = _positional(original)
         self.original = self._like = original
-        self.arguments = {**named, **kwargs}
-        self.names, self._rest = names, args[len(names) :]
+        self.arguments = {**dict(zip(names, args)), **kwargs}
+        self.names, self._rest = names, args[len(names) :]  # if that is too many, the function says so
 
     @property
     def module(self) -> Any:

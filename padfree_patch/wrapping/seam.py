@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .call import Call
+from .call import Call, named_twice
 
 ORIGINAL = "__padfree_original__"
 """Attribute by which our functions are told from others'."""
@@ -119,16 +119,33 @@ def wrapped(
     """Returns a plain function that answers the calls which concern us and passes all others on."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not concerns(args, kwargs):
+        if not concerns(args, kwargs) or named_twice(original, args, kwargs):
             return original(*args, **kwargs)
         return answer(Call(original, args, kwargs))
 
     functools.update_wrapper(call, original)
-    # accelerate's unwrap_model follows __wrapped__ to the innermost function and puts that on the instance: not ours.
-    del call.__wrapped__  # type: ignore[attr-defined]
+    call.__wrapped__ = _Shown(call, original)  # type: ignore[attr-defined]
     call.__signature__ = _with_keywords(inspect.signature(original), takes)  # type: ignore[attr-defined]
     setattr(call, ORIGINAL, original)
     return call
+
+
+class _Shown:
+    """What our wrapper shows under itself: upstream's code to look at, but who calls it calls the wrapper.
+
+    torch.fx takes the names of arguments from the code under all wrappers. accelerate's unwrap_model puts what it finds
+    there on the instance, where upstream's function would go past us.
+    """
+
+    def __init__(self, wrapper: Callable[..., Any], original: Callable[..., Any]):
+        functools.update_wrapper(self, original)
+        del self.__wrapped__
+        self._wrapper, self.__code__ = wrapper, getattr(inspect.unwrap(original), "__code__", None)
+        self.__signature__ = inspect.signature(original)
+        setattr(self, ORIGINAL, original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapper(*args, **kwargs)
 
 
 def _with_keywords(signature: inspect.Signature, names: tuple[str, ...]) -> inspect.Signature:
@@ -143,8 +160,12 @@ _WRAPPER_CODE = wrapped(lambda *_: None, lambda args, kwargs: False, lambda call
 
 
 def is_wrapper(function: object) -> bool:
-    """Whether a function, bound or not, is one of our wrappers; what `functools.wraps` makes of one is not."""
-    return getattr(getattr(function, "__func__", function), "__code__", None) is _WRAPPER_CODE
+    """Whether a function, bound or not, is one of our wrappers, or what one shows under itself.
+
+    What `functools.wraps` makes of one is not.
+    """
+    function = getattr(function, "__func__", function)
+    return isinstance(function, _Shown) or getattr(function, "__code__", None) is _WRAPPER_CODE
 
 
 def original_of(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,77 @@
+"""Calls inside torch.func's transforms, torch.jit.trace and torch.export: their tensors hide or have no values.
+
+Ordinary calls go on as unpatched. So the values below the transforms are read, and a packed batch is refused.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import PadfreeError
+
+is_exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.7 on
+"""Whether torch.export traces. Nothing of it is ours: what it makes has no class that we could have patched."""
+
+_functorch = torch._C._functorch
+
+
+class Readable(NamedTuple):
+    """What says where examples end, below the transforms that are under way."""
+
+    shape: tuple[int, int]
+    """(B, T) of the tokens; under vmap B counts the rows of all its calls."""
+    position_ids: Tensor | None
+    attention_mask: object
+
+
+def readable(tokens: Tensor, position_ids: Tensor | None, attention_mask: object) -> Readable:
+    """Returns what a call was given, as plain tensors."""
+    shape = int(tokens.shape[0]), int(tokens.shape[1])
+    given = position_ids, attention_mask
+    if not any(isinstance(each, Tensor) and _functorch.is_functorch_wrapped_tensor(each) for each in given):
+        return Readable(shape, position_ids, attention_mask)
+    with torch._C._DisableFuncTorch():
+        plain = [_plain_rows(each) if isinstance(each, Tensor) and each.dim() == 2 else each for each in given]
+        rows = max(each.shape[0] for each in plain if isinstance(each, Tensor))
+        every = [each.repeat(rows // each.shape[0], 1) if isinstance(each, Tensor) else each for each in plain]
+    return Readable((rows, shape[1]), *every)
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Runs the reading of a batch, of which transforms and tracers see nothing."""
+    if not _functorch.peek_interpreter_stack() and not torch.jit.is_tracing():
+        yield
+        return
+    with torch._C._DisableFuncTorch(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # the trace has nothing of what is read
+        yield
+
+
+def check_not_traced(name: str) -> None:
+    """Raises PadfreeError if a packed batch of a model of that class is traced."""
+    how = "a transform of torch.func" if _functorch.peek_interpreter_stack() else None
+    how = "torch.jit.trace" if torch.jit.is_tracing() else how
+    if how:
+        raise PadfreeError(
+            f"{name}: a packed batch inside {how}, which padfree_patch does not support: the boundaries of this batch "
+            "would be lost or stay in the trace. Pass padded batches or one example at a time there"
+        )
+
+
+def _plain_rows(tensor: Tensor) -> Tensor:
+    """Returns the values of a (B, T) tensor below the transforms, (N * B, T) if vmap runs over N of them."""
+    dims = []
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            dims.append(_functorch.maybe_get_bdim(tensor))
+        tensor = _functorch.get_unwrapped(tensor)
+    for place, dim in enumerate(reversed(dims)):  # the innermost tensor has the dimensions of all
+        tensor = tensor.movedim(dim + place, place)
+    return tensor.reshape(-1, tensor.shape[-1])
