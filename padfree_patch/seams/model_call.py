@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     tokens = args[1] if len(args) > 1 else kwargs.get("input_ids")
     if tokens is not None and not isinstance(tokens, Tensor):
         return False  # traced by torch.fx, whose proxies have no values; or upstream says what is wrong
-    if len(args) > 2 or any(name in kwargs for name in LENGTH_ARGUMENTS):
-        return True
+    if len(args) > 2 or any(name in kwargs for name in LENGTH_ARGUMENTS) or torch.jit.is_tracing():
+        return True  # while it traces, looking at a shape is a warning
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
     if not isinstance(tokens, Tensor) or tokens.dim() < 2:
@@ -59,7 +60,7 @@ def seams_of(model: nn.Module, answer: Answer, entry: Answer, shown: tuple[str, 
     """
     found = {Seam(type(model), "forward", concerns, answer, shown), Seam(type(model), "__call__", concerns, entry)}
     forwards = [base for base in type(model).__mro__ if "forward" in vars(base)]
-    for base, below in zip(forwards, forwards[1:]):
+    for base, below in itertools.pairwise(forwards):
         if not takes_unnamed(original_of(vars(base)["forward"])):
             break
         found.add(Seam(below, "forward", concerns, answer))
@@ -155,16 +156,15 @@ def _take_lengths(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _read(call: Call, lengths: dict[str, Any]) -> PackedBatch | None:
     tokens = tokens_of(call.arguments)
-    if tokens is None:
-        return None  # upstream says what is missing
-    name = type(call.module).__name__
-    if tokens.numel() == 0:
-        if lengths:
-            raise _empty_input(call, tokens)
-        return None
-    cached = _cached_tokens(_cache_of(call.arguments))
-    given = readable(tokens, call.arguments.get("position_ids"), call.arguments.get("attention_mask"))
+    if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+        return None  # upstream says what is wrong
+    name, cached = type(call.module).__name__, _cached_tokens(_cache_of(call.arguments))
     with reading():
+        if tokens.numel() == 0:
+            if lengths:
+                raise _empty_input(call, tokens)
+            return None
+        given = readable(tokens, call.arguments.get("position_ids"), call.arguments.get("attention_mask"))
         batch = read_batch(
             given.shape,
             tokens.device,
@@ -173,13 +173,14 @@ def _read(call: Call, lengths: dict[str, Any]) -> PackedBatch | None:
             lengths=lengths,
             generating=cached > 0,
         )
-    if batch is not None and cached:
+    if batch is None:
+        return None
+    if cached:
         raise PadfreeError(
             f"{name}: a packed batch ({batch.sequences}) with a cache that holds {cached} tokens; "
             "pass no cache with packed examples, or no restarting positions with a cache"
         )
-    if batch is not None:
-        check_not_traced(name)
+    check_not_traced(name)
     return batch
 
 
@@ -189,7 +190,7 @@ def proceed(call: Call) -> Any:
     Raises PadfreeError, from upstream's own error, if this one does not.
     """
     tokens = tokens_of(call.arguments)
-    if tokens is None or tokens.numel() > 0:
+    if tokens is None or is_jit_tracing() or tokens.numel() > 0:
         return call.proceed()
     try:
         return call.proceed()
