@@ -19,7 +19,7 @@ from .found_ordinary import is_found_ordinary
 from .full_rows import look_at_bare_call
 from .jump import say_jump
 from .stand_in import is_stand_in
-from .tracing import check_not_traced, is_exporting, readable, reading
+from .tracing import check_not_traced, is_exporting, is_jit_tracing, readable, reading
 from .under_way import under_way
 
 CACHE_ARGUMENTS = ("past_key_values", "cache")
@@ -37,7 +37,7 @@ def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     tokens = args[1] if len(args) > 1 else kwargs.get("input_ids")
     if tokens is not None and not isinstance(tokens, Tensor):
         return False  # traced by torch.fx, whose proxies have no values; or upstream says what is wrong
-    if len(args) > 2 or any(name in kwargs for name in LENGTH_ARGUMENTS) or torch.jit.is_tracing():
+    if len(args) > 2 or any(name in kwargs for name in LENGTH_ARGUMENTS) or is_jit_tracing():
         return True  # while it traces, looking at a shape is a warning
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")

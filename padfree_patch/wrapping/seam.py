@@ -139,7 +139,7 @@ class _Shown:
 
     def __init__(self, wrapper: Callable[..., Any], original: Callable[..., Any]):
         functools.update_wrapper(self, original)
-        del self.__wrapped__
+        del self.__wrapped__  # type: ignore[attr-defined]
         self._wrapper, self.__code__ = wrapper, getattr(inspect.unwrap(original), "__code__", None)
         self.__signature__ = inspect.signature(original)
         setattr(self, ORIGINAL, original)
