@@ -40,6 +40,8 @@ class Method(NamedTuple):
     config: Mapping[str, Any] = {}
     on: Sequence[str] | None = TARGETS
     """target_modules, if it has any."""
+    put_in: Callable[[Any, Any, list[str]], Any] = lambda model, config, saved: peft.get_peft_model(model, config)
+    """Puts the config into a model, with the folders of two saved LoRAs at hand."""
 
 
 PROMPT = {"num_virtual_tokens": 4, "encoder_hidden_size": 16, "num_tasks": 2}
@@ -73,7 +75,31 @@ OWN_SIZES: dict[str, Method] = {
     "WAVEFT": Method("WAVEFT", {"n_frequency": 20}),
     "XLORA": Method("XLORA", {"hidden_size": 48, "xlora_depth": 1}, None),
 }
+
+
+def mixed(model: Any, config: Any, saved: list[str]) -> Any:
+    adapted = peft.get_peft_model(model, config, mixed=True)
+    adapted.add_adapter("other", peft.LoHaConfig(target_modules=TARGETS))
+    adapted.set_adapter(["default", "other"])
+    return adapted
+
+
+def native(model: Any, config: Any, saved: list[str]) -> Any:
+    model.add_adapter(config)
+    return model
+
+
+def arrow(model: Any, config: Any, saved: list[str]) -> Any:
+    adapted = peft.create_arrow_model(model, saved, peft.ArrowConfig(top_k=1))
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return adapted
+
+
 LORA_VARIANTS: dict[str, Method] = {
+    "LORA, beside LOHA (PeftMixedModel)": Method("LORA", put_in=mixed),
+    "LORA, by transformers' add_adapter": Method("LORA", put_in=native),
+    "LORA, Arrow": Method("LORA", {"arrow_config": None}, put_in=arrow),
     "LORA, activated (aLoRA)": Method("LORA", {"alora_invocation_tokens": INVOCATION}),
     "LORA, DoRA": Method("LORA", {"use_dora": True}),
     "LORA, on embeddings": Method("LORA", {}, ["embed_tokens", "q_proj"]),
@@ -109,15 +135,20 @@ class Bench:
 
     def __init__(self, name: str, method: Method, **model: Any):
         self.name, self.method, self._model = name, method, model
+        self._folder = tempfile.TemporaryDirectory()
 
     def base(self) -> Any:
         return tiny_model(registry().get("llama"), "sdpa", **self._model)
 
     def adapted(self, model: Any) -> Any:
         """Puts the method in, with weights far enough from their start to be seen."""
+        if self.name == "XLORA":
+            model.config.use_cache = False  # as it demands
+        saved = list(self._saved_loras().values()) if self.method.put_in is arrow else []
+        config = self._config()
         torch.manual_seed(0)
-        model.config.use_cache = False  # X-LoRA asks for that
-        adapted = peft.get_peft_model(model, self._config()).train(self.name.split(", ")[-1] not in SAMPLES)
+        adapted = self.method.put_in(model, config, saved)
+        adapted.train(self.name.split(", ")[-1] not in SAMPLES)
         generator = torch.Generator().manual_seed(3)
         for parameter in adapted.parameters():
             if parameter.requires_grad and parameter.is_floating_point():
@@ -128,15 +159,20 @@ class Bench:
         cls = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(self.method.peft_type)]
         values = {"task_type": "CAUSAL_LM", "target_modules": self.method.on, **self.method.config}
         if self.method.peft_type == "XLORA":
-            values["adapters"] = {"0": self._saved_lora(), "1": self._saved_lora()}
+            values["adapters"] = self._saved_loras()
         fields = {field.name for field in dataclasses.fields(cls)}
+        if self.name == "OFT" and "oft_block_size" not in fields:
+            values["r"] = 8  # before PEFT 0.14 it takes the number of blocks only
         return cls(**{name: value for name, value in values.items() if name in fields and value is not None})
 
-    def _saved_lora(self) -> str:
-        folder = tempfile.mkdtemp()
+    def _saved_loras(self) -> dict[str, str]:
+        """Saves two LoRAs; returns their folders by name."""
+        folders = {name: str(Path(self._folder.name, name)) for name in ("0", "1")}
         config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        peft.get_peft_model(self.base(), config).save_pretrained(folder)
-        return folder
+        for seed, folder in enumerate(folders.values()):
+            torch.manual_seed(seed)
+            peft.get_peft_model(self.base(), config).save_pretrained(folder)
+        return folders
 
     def run(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Returns the logits of the tokens, without virtual ones, and the loss."""

@@ -69,7 +69,7 @@ class Seam:
 
     def install(self) -> None:
         """Wraps the function that stands there; does nothing if that is our wrapper already."""
-        if self.optional and isinstance(self.owner, str) and self.owner.partition(":")[0] not in sys.modules:
+        if self._is_left_alone():
             return
         with lock:
             holder, here = _holder(self.owner, self.name), installed.setdefault(self, [])
@@ -92,9 +92,14 @@ class Seam:
 
     def replacement(self) -> Any:
         """Returns what is there instead of our wrapper ("nothing" if it was deleted); None if ours is there."""
+        if self._is_left_alone():
+            return None
         holder = _holder(self.owner, self.name)
         there = _own_entries(holder).get(self.name, "nothing")
         return None if any(there is each.wrapper for each in installed.get(self, ())) else there
+
+    def _is_left_alone(self) -> bool:
+        return self.optional and isinstance(self.owner, str) and self.owner.partition(":")[0] not in sys.modules
 
 
 class Installed(NamedTuple):
