@@ -28,16 +28,16 @@ def active_configs(module: nn.Module) -> dict[str, object]:
     active = getattr(module, "active_adapter", None)  # of a PEFT model; a transformers model has a method of that name
     if not isinstance(active, (str, list)):
         active = _active_in_layers(module)
-    names = [active] if isinstance(active, str) else list(configs) if active is None else active
+    names = [active] if isinstance(active, str) else active
     return {name: configs[name] for name in names if name in configs}
 
 
-def _active_in_layers(module: nn.Module) -> list[str] | None:
-    """Returns which adapters the first layer with adapters uses; None if no layer has any."""
+def _active_in_layers(module: nn.Module) -> list[str]:
+    """Returns which adapters the first layer with adapters uses; none, if they were all taken out again."""
     for each in module.modules():
         if hasattr(each, "base_layer") and isinstance(active := getattr(each, "active_adapters", None), list):
             return active
-    return None
+    return []
 
 
 def adapters_of(module: nn.Module) -> Adapters:

@@ -16,7 +16,8 @@ HEAD = """# PEFT's methods
 
 What a packed row gives with every method of PEFT, measured by `.venv/bin/nox -s peft`, which writes this page. A tiny
 Llama (sdpa, float32) trains on four examples in one row. The oracle is each example alone through the same method
-without this package. Both orders were tried: `apply` before `get_peft_model`, and after it.
+without this package. Both orders were tried: `apply` before `get_peft_model`, and after it. The mode is train, except
+for PVERA and MonteCLoRA, which draw their weights in training.
 
 - **exact**: logits, and the gradient of every trainable parameter, are those of each example alone. The two figures are
   the largest difference of the logits, relative to the largest, and of a gradient, relative to the largest norm.
@@ -30,8 +31,8 @@ Adapters that come after `apply` are checked at their first packed call, as `pad
 method that is not in this table, or one of your own, is exact or an error too. Only what a method does to gradients in
 train mode alone would go unseen there: VeLoRA is refused by its config.
 
-`adapter_names` and Poly's `task_ids` say something of each row: give one value per row, and put only examples that share
-it into a row.
+`adapter_names` and Poly's `task_ids` say something of each row: give one value per row, and put only examples that
+share it into a row.
 
 | method | apply before | apply after | logits | gradients | PEFT |
 |---|---|---|---|---|---|
@@ -72,10 +73,12 @@ def _short(said: str) -> str:
     """Leaves the model's class and the advice out of a refusal."""
     if not said.startswith("refused: "):
         return said
+    if "came after padfree_patch.apply" in said:
+        return "refused, until `apply` is called again: it brings a decoder of its own"
     reason = said.split("; ")[0].partition(" with ")[2].partition(" ")[2]
     return f"refused: {reason}"
 
 
 def _largest(figures: list[Mapping[str, float]], what: str) -> str:
     values = [each[what] for each in figures if what in each]
-    return f"{max(values):.0e}" if values else ""
+    return f"{max(values):.0e}".replace("0e+00", "0") if values else ""

@@ -54,14 +54,14 @@ class Entry:
 
         Raises PadfreeError if nothing of what comes out is for each token.
         """
-        results = _tensors(self._run(tokens, self._accepted(options)))
+        results = _tensors(self._run(tokens, self._accepted(options, tokens.device)))
         for result in results:
             if result.shape[:2] == tokens.shape:
                 return result
         shapes = ", ".join(str(tuple(each.shape)) for each in results) or "none"
         raise self._refusal(f"gives, for tokens of shape {tuple(tokens.shape)}, tensors of other shapes: {shapes}")
 
-    def _accepted(self, options: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _accepted(self, options: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Returns what the forward takes; positions that it does not take become segment numbers in the mask."""
         given = {name: value for name, value in options.items() if self._takes(name)}
         if "position_ids" in options and "position_ids" not in given:
@@ -69,7 +69,7 @@ class Entry:
                 raise self._refusal(f"takes {', '.join(self._parameters)}, and nothing that says where examples end")
             given["attention_mask"] = (options["position_ids"] == 0).cumsum(1)
         if self._has_tasks:
-            given["task_ids"] = torch.zeros(1, dtype=torch.int64, device=cast(Tensor, self._embed.weight).device)
+            given["task_ids"] = torch.zeros(1, dtype=torch.int64, device=device)
         return given
 
     def _run(self, tokens: Tensor, options: dict[str, Tensor]) -> object:
