@@ -50,9 +50,9 @@ def needs_task_ids(model: nn.Module) -> bool:
     return any(_method(config) == "POLY" for _, config in _all_active(model))
 
 
-def has_own_loss(module: nn.Module) -> bool:
-    """Whether an active adapter of a module computes a loss of its own from the labels (Shadow)."""
-    return any(_method(config) == "SHADOW" for config in active_configs(module).values())
+def takes_labels_past_the_head(module: nn.Module) -> bool:
+    """Whether an active adapter has a loss of its own (Shadow), or calls the forward that the head had before apply."""
+    return any(_method(config) in ("SHADOW", "ADAPTION_PROMPT") for config in active_configs(module).values())
 
 
 def why_not_packed(model: nn.Module) -> str | None:

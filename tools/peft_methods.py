@@ -1,7 +1,8 @@
 """Tries every method of the installed PEFT on a packed row, with apply before and after it; `nox -s peft` runs it.
 
-python tools/peft_methods.py FILE.json       what came of each method, here
-python tools/peft_methods.py --page FOLDER   docs/peft.md, of such files
+python tools/peft_methods.py FOLDER
+
+It writes what came of each method into a file in the folder, and docs/peft.md from all files there.
 """
 
 from __future__ import annotations
@@ -248,8 +249,8 @@ def results() -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, tried(name, method)
 
 
-def main(path: Path) -> None:
-    """Writes what came of each method."""
+def main(folder: Path) -> None:
+    """Writes what came of each method, and the page."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -258,13 +259,12 @@ def main(path: Path) -> None:
         found[name] = result
         print(name, result, flush=True)
     versions = {"peft": peft.__version__, "transformers": transformers.__version__}
-    path.write_text(json.dumps({**versions, "methods": found}, indent=1))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{peft.__version__}.json").write_text(json.dumps({**versions, "methods": found}, indent=1))
+    write_page(folder)
     wrong = [name for name, each in found.items() for order in ORDERS if each.get(order, {}).get("said") == "WRONG"]
     sys.exit(f"wrong: {', '.join(wrong)}" if wrong else 0)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--page":
-        write_page(Path(sys.argv[2]))
-    else:
-        main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]))

@@ -1,8 +1,8 @@
 """The forward of PEFT's models, which works per row before a patched model in it sees anything.
 
 A packed row with an adapter that can't serve it is refused there. Adapters that came after apply are checked at their
-first packed call, outside everything that PEFT does for a call. A loss that an adapter computes itself crosses no
-boundary.
+first packed call, outside everything that PEFT does for a call. No loss crosses a boundary,
+also where an adapter takes the labels past the patched head.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import adapters_of, has_own_loss
+from ..adapters import adapters_of, takes_labels_past_the_head
 from ..registry import Patch
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
@@ -47,7 +47,7 @@ def _with_subclasses(cls: type | None) -> list[type]:
 
 def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     opt_in = OptIn.of(args[0])  # of the patched model inside: PEFT looks there for what it does not have itself
-    if opt_in is None or (opt_in.has_checked(adapters_of(args[0])) and not has_own_loss(args[0])):
+    if opt_in is None or (opt_in.has_checked(adapters_of(args[0])) and not takes_labels_past_the_head(args[0])):
         return False
     return may_be_packed(args, kwargs)
 
