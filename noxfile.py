@@ -168,7 +168,6 @@ FLASH_ATTN_ON_CPU = {
 }
 """flash-attn's own Triton kernels instead of its CUDA ones, interpreted on the CPU."""
 
-
 FLASH_ATTN = ["4.35.2", "4.42.4", "4.47.1", "4.52.4", "5.0.0", "5.24.0"]
 
 
@@ -197,8 +196,8 @@ def trl(session: nox.Session, transformers: str) -> None:
 @nox.session
 @nox.parametrize("transformers", [nox.param(version, id=version) for version in VERSIONS])
 def peft(session: nox.Session, transformers: str) -> None:
-    """Every method of PEFT on a packed row, with each PEFT that the tests run on; writes docs/peft.md."""
-    session.install("-e", ".[test]", *pins(transformers), "scikit-learn")  # which AdaMSS asks for
+    """Every method of PEFT on a packed row; writes docs/peft.md."""
+    session.install("-e", ".[test]", *pins(transformers), "scikit-learn")  # for AdaMSS
     session.run("python", "tools/peft_methods.py", ".nox/peft-methods", env={"HF_HUB_OFFLINE": "1"})
 
 
