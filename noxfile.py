@@ -109,7 +109,9 @@ def tests(session: nox.Session, transformers: str) -> None:
     one_thread_offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     two_processes = [] if transformers in TWO_PROCESSES or full_asked_for else [f"--ignore={DISTRIBUTED}"]
     newest_only = [] if transformers == VERSIONS[-1] or full_asked_for else [f"--ignore={PROCESSORS}"]
-    chosen = [] if transformers in WHOLE or full_asked_for or session.posargs else ["-m", "versions"]
+    chosen = [] if transformers == VERSIONS[-1] or full_asked_for else ["-m", "not fuzz"]
+    if transformers not in WHOLE and not full_asked_for and not session.posargs:
+        chosen = ["-m", "versions"]
     arguments = [f"--junitxml={report}", *two_processes, *newest_only, *chosen, *session.posargs]
     session.run("pytest", "-n2", "--dist=loadgroup", *arguments, env=one_thread_offline)
     if not session.posargs:  # a process of its own, in which transformers finds flash-attn, or what stands in for it
@@ -135,14 +137,19 @@ def full(session: nox.Session) -> None:
 def check(session: nox.Session) -> None:
     """For people: the quick tests on the newest version, without torch.compile, two processes and the demo."""
     session.install("-e", ".[test]", *pins(VERSIONS[-1]))
-    arguments = session.posargs or [
-        "-m",
-        "not slow",
-        f"--ignore={DISTRIBUTED}",
-        "--ignore=tests/promises/test_saving.py",
-    ]
+    others = [f"--ignore={DISTRIBUTED}", "--ignore=tests/promises/test_saving.py"]
+    arguments = session.posargs or ["-m", "not slow and not fuzz", *others]
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     session.run("pytest", "-n2", "--dist=loadgroup", *arguments, env=environment)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """The fuzzers at length and at random, on the newest version; `-- --examples 500 -k dialects` is less."""
+    session.install("-e", ".[test]", *pins(VERSIONS[-1]))
+    arguments = session.posargs if "--examples" in session.posargs[:1] else ["--examples", "3000", *session.posargs]
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PADFREE_FUZZ_EXAMPLES": arguments[1]}
+    session.run("pytest", "-n2", "tests/fuzz", *arguments[2:], env=environment)
 
 
 @nox.session

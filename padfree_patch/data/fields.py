@@ -60,12 +60,12 @@ def _kind(value: object) -> str:
 def unread_fields(features: Sequence[Feature], read: Collection[str]) -> list[str]:
     """Returns the names of fields that have a value somewhere and are not among those that are `read`."""
     names = {name for feature in features for name, value in feature.items() if value is not None}
-    return sorted(names - set(read))
+    return sorted(map(str, names - set(read)))
 
 
 def field_names(feature: Feature) -> str:
     """Lists the fields of an example, for error messages."""
-    return ", ".join(feature) or "nothing"
+    return ", ".join(map(str, feature)) or "nothing"
 
 
 def token_values(feature: Feature, name: str, index: int) -> Integers:
