@@ -47,6 +47,8 @@ DISTRIBUTED = "tests/promises/test_distributed.py"
 PROCESSORS = "tests/attention/test_processors.py"
 OWN_PROCESS = Path("tests", "own_process")
 """Tests that want a process of their own, or a library that the others do without."""
+# One thread per process: the models are too small for torch to fill two cores with one process.
+ALONE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 STAND_INS = "tests/helpers/stand_ins"
 """In place of flash-attn, for whoever has this folder on PYTHONPATH."""
 
@@ -105,17 +107,15 @@ def tests(session: nox.Session, transformers: str) -> None:
     """The test suite, and the examples in docstrings, on one transformers version."""
     session.install("-e", ".[test]", *pins(transformers))
     report = Path(session.virtualenv.location) / "junit.xml"
-    # Two processes of one thread each: the models are too small for torch to fill two cores with one.
-    one_thread_offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     two_processes = [] if transformers in TWO_PROCESSES or full_asked_for else [f"--ignore={DISTRIBUTED}"]
     newest_only = [] if transformers == VERSIONS[-1] or full_asked_for else [f"--ignore={PROCESSORS}"]
     chosen = [] if transformers == VERSIONS[-1] or full_asked_for else ["-m", "not fuzz"]
     if transformers not in WHOLE and not full_asked_for and not session.posargs:
         chosen = ["-m", "versions"]
     arguments = [f"--junitxml={report}", *two_processes, *newest_only, *chosen, *session.posargs]
-    session.run("pytest", "-n2", "--dist=loadgroup", *arguments, env=one_thread_offline)
+    session.run("pytest", "-n2", "--dist=loadgroup", *arguments, env=ALONE)
     if not session.posargs:  # a process of its own, in which transformers finds flash-attn, or what stands in for it
-        stand_in = {**one_thread_offline, "PYTHONPATH": STAND_INS, "PADFREE_FLASH_ATTENTION": "1"}
+        stand_in = {**ALONE, "PYTHONPATH": STAND_INS, "PADFREE_FLASH_ATTENTION": "1"}
         report = report.with_name("junit-flash_attention_2.xml")
         session.run(
             "pytest", "-n2", f"--junitxml={report}", str(OWN_PROCESS / "flash_attention_2_checks.py"), env=stand_in
@@ -137,10 +137,8 @@ def full(session: nox.Session) -> None:
 def check(session: nox.Session) -> None:
     """For people: the quick tests on the newest version, without torch.compile, two processes and the demo."""
     session.install("-e", ".[test]", *pins(VERSIONS[-1]))
-    others = [f"--ignore={DISTRIBUTED}", "--ignore=tests/promises/test_saving.py"]
-    arguments = session.posargs or ["-m", "not slow and not fuzz", *others]
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    session.run("pytest", "-n2", "--dist=loadgroup", *arguments, env=environment)
+    quick = ["-m", "not slow and not fuzz", f"--ignore={DISTRIBUTED}", "--ignore=tests/promises/test_saving.py"]
+    session.run("pytest", "-n2", "--dist=loadgroup", *(session.posargs or quick), env=ALONE)
 
 
 @nox.session
@@ -148,8 +146,7 @@ def fuzz(session: nox.Session) -> None:
     """The fuzzers at length and at random, on the newest version; `-- --examples 500 -k dialects` is less."""
     session.install("-e", ".[test]", *pins(VERSIONS[-1]))
     arguments = session.posargs if "--examples" in session.posargs[:1] else ["--examples", "3000", *session.posargs]
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PADFREE_FUZZ_EXAMPLES": arguments[1]}
-    session.run("pytest", "-n2", "tests/fuzz", *arguments[2:], env=environment)
+    session.run("pytest", "-n2", "tests/fuzz", *arguments[2:], env={**ALONE, "PADFREE_FUZZ_EXAMPLES": arguments[1]})
 
 
 @nox.session
@@ -160,9 +157,8 @@ def canary(session: nox.Session) -> None:
     session.run("uv", "pip", "list", external=True)
     folders = ["tests/patching", "tests/seams", "tests/integrations"]
     files = [*folders, "tests/promises/test_exactness.py", "tests/promises/test_adapters.py"]
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    session.run("pytest", "-n2", *(session.posargs or files), "-W", "default", env=environment)
-    session.run("pytest", str(OWN_PROCESS / "trl_checks.py"), "-W", "default", env=environment)
+    session.run("pytest", "-n2", *(session.posargs or files), "-W", "default", env=ALONE)
+    session.run("pytest", str(OWN_PROCESS / "trl_checks.py"), "-W", "default", env=ALONE)
 
 
 TRL = {"4.41.2": "trl==0.9.6", "4.43.4": "trl==0.9.6", "5.24.0": "trl==1.16.0"}
@@ -186,7 +182,7 @@ def flash_attn(session: nox.Session, transformers: str) -> None:
     session.install("-e", ".[test]", TORCH, f"transformers=={transformers}", "numpy<2", "triton==3.3.1", "einops")
     session.install("packaging", "ninja", "wheel", "setuptools", "psutil")
     session.install("--no-build-isolation", "flash-attn==2.8.3", env=FLASH_ATTN_ON_CPU)
-    environment = {**FLASH_ATTN_ON_CPU, "PADFREE_FLASH_ATTENTION": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**FLASH_ATTN_ON_CPU, "PADFREE_FLASH_ATTENTION": "1", **ALONE}
     arguments = session.posargs or ["-n2", "-W", "default"]  # Triton's and numpy's own warnings
     session.run("pytest", str(OWN_PROCESS / "flash_attn_checks.py"), *arguments, env=environment)
 
@@ -220,10 +216,9 @@ def deepspeed(session: nox.Session) -> None:
 def _checks(session: nox.Session, file: str) -> None:
     """Tests of a library that the ordinary tests do without, its warnings being its own."""
     report = Path(session.virtualenv.location) / "junit.xml"
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     arguments = [f"--junitxml={report}", str(OWN_PROCESS / file), "-W", "default", *session.posargs]
     none_chosen = [5] if session.posargs else []  # by the -k of `make test`, say
-    session.run("pytest", *arguments, env=environment, success_codes=[0, *none_chosen])
+    session.run("pytest", *arguments, env={**ALONE, "DS_ACCELERATOR": "cpu"}, success_codes=[0, *none_chosen])
 
 
 # fmt: off
@@ -256,10 +251,8 @@ def matrix(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 @timed
 def eras(session: nox.Session) -> None:
-    """The matrix on the first and last version of each era, compared with docs/support.json."""
-    _matrix(
-        session, [*ENDS_OF_ERAS, "4.57.6"], "--compare", "--quick"
-    )  # the one between, on which `tests` runs marked tests only
+    """The matrix on the first and last version of each era, and one between, compared with docs/support.json."""
+    _matrix(session, [*ENDS_OF_ERAS, "4.57.6"], "--compare", "--quick")
 
 
 def _matrix(session: nox.Session, chosen: list[str], what_then: str, *options: str) -> None:
