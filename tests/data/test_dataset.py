@@ -174,8 +174,8 @@ def on_disk(tmp_path):
     tokens = pa.array(np.arange(101 * 8000) % 101)
     lists = pa.ListArray.from_arrays(pa.array(np.arange(8001) * 101, pa.int32()), tokens)
     for name in ("one", "two"):
-        datasets.Dataset(pa.table({"input_ids": lists, "labels": lists})).save_to_disk(tmp_path / name)
-        halves.append(datasets.load_from_disk(tmp_path / name))
+        datasets.Dataset(pa.table({"input_ids": lists, "labels": lists})).save_to_disk(str(tmp_path / name))
+        halves.append(datasets.load_from_disk(str(tmp_path / name)))
     return datasets.concatenate_datasets(halves)
 
 

@@ -68,7 +68,7 @@ def test_command_counts_the_tokens_of_a_file(tmp_path, tokenizer, fields):
 
 
 def test_command_says_what_is_wrong(tmp_path, tokenizer):
-    assert "data.jsonl: cannot be read" in str(run(tmp_path).exception)
+    assert "data.jsonl' cannot be read" in str(run(tmp_path).exception)
     (tmp_path / "data.jsonl").write_text('{"question": "a"}\n')
     assert "line 1: expected a string in field 'prompt', found only the keys ['question']" in str(
         run(tmp_path).exception
@@ -76,7 +76,7 @@ def test_command_says_what_is_wrong(tmp_path, tokenizer):
     (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
     (tmp_path / "tokenizer" / "tokenizer_config.json").unlink()
     (tmp_path / "tokenizer" / "tokenizer.json").unlink()
-    assert "no tokenizer in" in str(run(tmp_path).exception)
+    assert "no tokenizer can be loaded from" in str(run(tmp_path).exception)
 
 
 def test_padding_share_is_that_of_the_batches_a_collator_pads():
