@@ -102,15 +102,17 @@ class Probe:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Lets a backward leave no gradients at the parameters."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.is_leaf]
+    """Lets a backward leave no gradients at the parameters; those of X-LoRA are switched on again by its forward."""
+    before = [(each, each.requires_grad, each.grad) for each in model.parameters() if each.is_leaf]
     try:
-        for parameter in trained:
+        for parameter, _, _ in before:
             parameter.requires_grad_(False)
+            parameter.grad = None
         yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        for parameter, trained, gradient in before:
+            parameter.requires_grad_(trained)
+            parameter.grad = gradient
 
 
 def largest(values: Tensor) -> float:
