@@ -13,24 +13,30 @@ from padfree_patch.measure.texts import read_texts, shuffled, tokenise, train_to
 LINES = "\n".join(json.dumps({"prompt": "one two", "completion": f"three {i}"}) for i in range(50))
 
 
+def compressed():
+    """Returns the same bytes in every process."""
+    return gzip.compress(LINES.encode(), mtime=0)
+
+
 def damaged():
-    packed = bytearray(gzip.compress(LINES.encode()))
+    packed = bytearray(compressed())
     packed[len(packed) // 2] ^= 0xFF
     return bytes(packed)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("cut.jsonl.gz", gzip.compress(LINES.encode())[:-20], "cut.jsonl.gz' cannot be read as JSON lines"),
-        ("bad.jsonl.gz", damaged(), "bad.jsonl.gz' cannot be read as JSON lines"),
-        ("bytes.jsonl", b"\xff\xfe\xfa", "bytes.jsonl' cannot be read as JSON lines"),
-        ("deep.jsonl", b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 1: not valid JSON: maximum"),
-        ("digits.jsonl", b'{"prompt": ' + b"1" * 5000 + b"}", "line 1: not valid JSON: Exceeds the limit"),
-        ("half.jsonl", rb'{"prompt": "a\ud800", "completion": "b"}', r"line 1: no text: '\\ud800' is half of a char"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path, name, content, message):
+UNREADABLE = {
+    "cut.jsonl.gz": (compressed()[:-20], "cut.jsonl.gz' cannot be read as JSON lines"),
+    "bad.jsonl.gz": (damaged(), "bad.jsonl.gz' cannot be read as JSON lines"),
+    "bytes.jsonl": (b"\xff\xfe\xfa", "bytes.jsonl' cannot be read as JSON lines"),
+    "deep.jsonl": (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 1: not valid JSON: maximum"),
+    "digits.jsonl": (b'{"prompt": ' + b"1" * 5000 + b"}", "line 1: not valid JSON: Exceeds the limit"),
+    "half.jsonl": (rb'{"prompt": "a\ud800", "completion": "b"}', r"line 1: no text: '\\ud800' is half of a char"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path, name):
+    content, message = UNREADABLE[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(PadfreeError, match=message):
         read_texts(tmp_path / name)
