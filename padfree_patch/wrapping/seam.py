@@ -8,6 +8,7 @@ import importlib
 import inspect
 import sys
 import threading
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -145,12 +146,25 @@ class _Shown:
     def __init__(self, wrapper: Callable[..., Any], original: Callable[..., Any]):
         functools.update_wrapper(self, original)
         del self.__wrapped__  # type: ignore[attr-defined]
-        self._wrapper, self.__code__ = wrapper, getattr(inspect.unwrap(original), "__code__", None)
+        self._wrapper, self.__code__ = wrapper, _shown_code(original)
         self.__signature__ = inspect.signature(original)
         setattr(self, ORIGINAL, original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._wrapper(*args, **kwargs)
+
+
+def _shown_code(function: Callable[..., Any]) -> types.CodeType | None:
+    """Returns the code under all wrappers, of a plain function without its `*args`, keyword-only names and `**kwargs`.
+
+    For these torch.fx would give the outermost function, ours, the number of arguments of the code that it looked at.
+    Decorated functions of upstream fail at that by themselves.
+    """
+    code: types.CodeType | None = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None or inspect.unwrap(function) is not function:
+        return code
+    flags = code.co_flags & ~(inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+    return code.replace(co_flags=flags, co_kwonlyargcount=0)
 
 
 def _with_keywords(signature: inspect.Signature, names: tuple[str, ...]) -> inspect.Signature:

@@ -11,6 +11,7 @@ import torch
 from padfree_patch import PadfreeError, apply
 from padfree_patch.registry import registry
 from padfree_patch.testing import examples, pack, pad, tiny_model
+from padfree_patch.wrapping.seam import wrapped
 
 pytestmark = pytest.mark.versions
 
@@ -123,6 +124,19 @@ def test_fx_traces_models_of_a_patched_class(call):
     patched = apply(small())
     for model in (small(), patched):
         assert_same(result_or_error(fx_traced, model, CALLS[call]), expected)
+
+
+class AnyKeywords(torch.nn.Module):
+    def forward(self, values, factor=2, *args, offset=1, **kwargs):
+        return values * factor + offset
+
+
+def test_fx_traces_a_wrapped_forward_of_any_keywords(monkeypatch):
+    """As those of transformers 4.47 are, which torch.fx gives as many arguments as the code that it looked at."""
+    ones = torch.ones(3)
+    monkeypatch.setattr(AnyKeywords, "forward", wrapped(AnyKeywords.forward, lambda *_: False, lambda _: None))
+    traced = torch.fx.symbolic_trace(AnyKeywords())
+    torch.testing.assert_close(traced(ones, factor=3), ones * 4)
 
 
 def test_rows_are_transformed_one_by_one_as_unpatched():
