@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -278,9 +279,10 @@ def real_input(session: nox.Session) -> None:
 
 @nox.session
 def benchmark(session: nox.Session) -> None:
-    """`-- step ...`, `memory ...`, `attention`, `overhead`, `scaling`, `convergence ...` or `report`, on the newest."""
-    session.install("-e", ".[demo]", *pins(VERSIONS[-1]))
+    """`-- step ...`, `memory ...`, `attention`, `overhead`, `scaling`, `convergence ...`, `packing ...` or `report`."""
     name, *arguments = session.posargs
+    beside = [TRL[VERSIONS[-1]]] if name == "packing" else []  # beside which our packing is measured
+    session.install("-e", ".[demo]", *pins(VERSIONS[-1]), *beside)
     # glibc would give every block over 32 MB back to the system, and page faults would be timed instead of the step.
     kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)} if name == "scaling" else {}
     session.run("python", f"benchmarks/{name}.py", *arguments, env=kept)
@@ -288,13 +290,9 @@ def benchmark(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def gpu(session: nox.Session) -> None:
-    """With CUDA: the `gpu` tests, then benchmarks/gpu.py, on the torch and transformers that are there; no network."""
-    session.run(sys.executable, "-m", "pytest", "-m", "gpu", "tests/promises", external=True)
-    session.run(sys.executable, "benchmarks/gpu.py", *session.posargs, external=True)
-
-
-@nox.session
-def benchmark_packing(session: nox.Session) -> None:
-    """Our packing of data sets beside TRL's."""
-    session.install("-e", ".[demo]", *pins(VERSIONS[-1]), TRL[VERSIONS[-1]])
-    session.run("python", "benchmarks/packing.py", *session.posargs)
+    """With CUDA, offline: gpu tests and benchmarks/gpu.py in the python3 on PATH, into which this is installed."""
+    python, uv = str(shutil.which("python3")), str(Path(sys.executable).with_name("uv"))
+    offline = ["--no-deps", "--no-build-isolation", "--offline", "--quiet"]
+    session.run(uv, "pip", "install", "--python", python, *offline, "-e", ".", external=True)
+    session.run(python, "-m", "pytest", "tests/promises/test_gpu.py", external=True)
+    session.run(python, "benchmarks/gpu.py", *session.posargs, external=True)

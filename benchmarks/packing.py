@@ -1,6 +1,6 @@
 """Packing a data set into rows: ours beside TRL's best-fit decreasing, on the same lengths in one run.
 
-    .venv/bin/nox -s benchmark_packing -- --tokenizer DIR --data FILE --data FILE
+    .venv/bin/nox -s benchmark -- packing --tokenizer DIR --data FILE --data FILE
 
 Whole data sets into rows of 4,096 tokens, seconds (the smallest of some rounds, in turn) and the part of the rows that
 stays empty; the token-budget sampler's epoch for two processes; and a million drawn lengths.
