@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
 import sys
@@ -222,45 +221,38 @@ def _checks(session: nox.Session, file: str) -> None:
     session.run("pytest", *arguments, env={**ALONE, "DS_ACCELERATOR": "cpu"}, success_codes=[0, *none_chosen])
 
 
-# fmt: off
-LAST_PATCHES = [
-    "4.34.1", "4.35.2", "4.36.2", "4.37.2", "4.38.2", "4.39.3", "4.40.2", "4.41.2", "4.42.4", "4.43.4", "4.44.2",
-    "4.45.2", "4.46.3", "4.47.1", "4.48.3", "4.49.0", "4.50.3", "4.51.3", "4.52.4", "4.53.3", "4.54.1", "4.55.4",
-    "4.56.2", "4.57.6", "5.0.0", "5.1.0", "5.2.0", "5.3.0", "5.4.0", "5.5.4", "5.6.2", "5.7.0", "5.8.1", "5.9.0",
-    "5.10.4", "5.11.0", "5.12.1", "5.13.1", "5.14.1", "5.15.1", "5.16.1", "5.17.0", "5.18.0", "5.19.0", "5.20.2",
-    "5.21.1", "5.22.2", "5.23.0", "5.24.0",
-]
-"""The last patch release of every transformers minor."""
-
-ENDS_OF_ERAS = [
-    "4.34.1", "4.35.2", "4.36.2", "4.37.2", "4.38.2", "4.42.4", "4.43.4", "4.47.1", "4.48.3", "4.52.4", "4.53.3",
-    "5.0.0", "5.10.4", "5.24.0",
-]
-# fmt: on
-"""Where transformers changed how attention is reached: the first and the last version of each way."""
-
-
 EVERYWHERE = {"tests": VERSIONS, "trl": list(TRL), "flash_attn": FLASH_ATTN}
 
 
 @nox.session(venv_backend="none")
 def matrix(session: nox.Session) -> None:
     """Every patch, variant and implementation on every minor, or on the versions given; writes docs/support.md."""
-    _matrix(session, session.posargs or LAST_PATCHES, "--merge", "--natively")
+    _matrix(session, "--merge", "--natively", *session.posargs)
 
 
 @nox.session(venv_backend="none")
 @timed
 def eras(session: nox.Session) -> None:
     """The matrix on the first and last version of each era, and one between, compared with docs/support.json."""
-    _matrix(session, [*ENDS_OF_ERAS, "4.57.6"], "--compare", "--quick")
+    _matrix(session, "--compare", "--quick")
 
 
-def _matrix(session: nox.Session, chosen: list[str], what_then: str, *options: str) -> None:
+def _matrix(session: nox.Session, *options: str) -> None:
     """Runs tools/matrix.py on the built wheel, two versions at a time, each in an environment of its own."""
-    beside = {version: [TORCH, "numpy<2" if version.startswith("4") else "numpy"] for version in chosen}
-    arguments = [json.dumps(beside), what_then, *options]
-    session.run(sys.executable, "tools/matrix_on_versions.py", *arguments, external=True)
+    session.run(sys.executable, "tools/matrix_on_versions.py", TORCH, *options, external=True)
+
+
+@nox.session
+def upstream(session: nox.Session) -> None:
+    """transformers' own model tests, with and without apply: `-- CHECKOUT [pytest options]`, at a version's tag."""
+    if not session.posargs:
+        session.error("which checkout of transformers? nox -s upstream -- CHECKOUT [pytest options]")
+    tool = "tools/upstream_tests.py"
+    session.install("-e", ".[test]", TORCH)
+    version = session.run("python", tool, "--version", session.posargs[0], silent=True).split()[-1]
+    beside = BESIDE.get(version, ["numpy<2" if version.startswith("4") else "numpy", "accelerate"])
+    session.install("-e", ".[test]", TORCH, f"transformers=={version}", *beside, "parameterized")
+    session.run("python", tool, *session.posargs, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
 
 
 @nox.session

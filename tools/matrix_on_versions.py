@@ -1,13 +1,13 @@
 """Runs tools/matrix.py on many transformers, two at a time, each in an environment of its own; `nox -s matrix`, `eras`.
 
-python tools/matrix_on_versions.py '{"4.36.2": ["torch==2.13.0", "numpy<2"], ...}' --merge|--compare [OPTION...]
+python tools/matrix_on_versions.py torch==VERSION --merge|--compare OPTION [TRANSFORMERS VERSION...]
 
-For each version, what is installed beside it. The package is the wheel that is built first, not the repository.
+Without versions, --merge takes every minor and --compare the ends of each era. The package is the wheel that is built
+first, not the repository.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -19,6 +19,26 @@ FOLDER = Path(".nox", "matrix").resolve()
 UV = str(Path(sys.executable).with_name("uv"))  # beside nox, which need not be on PATH
 HELPERS = os.pathsep.join(["tests", "tests/helpers/stand_ins"])
 ENVIRONMENT = {**os.environ, "PYTHONPATH": HELPERS, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+# fmt: off
+LAST_PATCHES = [
+    "4.34.1", "4.35.2", "4.36.2", "4.37.2", "4.38.2", "4.39.3", "4.40.2", "4.41.2", "4.42.4", "4.43.4", "4.44.2",
+    "4.45.2", "4.46.3", "4.47.1", "4.48.3", "4.49.0", "4.50.3", "4.51.3", "4.52.4", "4.53.3", "4.54.1", "4.55.4",
+    "4.56.2", "4.57.6", "5.0.0", "5.1.0", "5.2.0", "5.3.0", "5.4.0", "5.5.4", "5.6.2", "5.7.0", "5.8.1", "5.9.0",
+    "5.10.4", "5.11.0", "5.12.1", "5.13.1", "5.14.1", "5.15.1", "5.16.1", "5.17.0", "5.18.0", "5.19.0", "5.20.2",
+    "5.21.1", "5.22.2", "5.23.0", "5.24.0",
+]
+"""The last patch release of every transformers minor."""
+
+ENDS_OF_ERAS = [
+    "4.34.1", "4.35.2", "4.36.2", "4.37.2", "4.38.2", "4.42.4", "4.43.4", "4.47.1", "4.48.3", "4.52.4", "4.53.3",
+    "5.0.0", "5.10.4", "5.24.0",
+]
+# fmt: on
+"""Where transformers changed how attention is reached: the first and the last version of each way."""
+
+BETWEEN = ["4.57.6"]
+"""Within an era, but where `nox -s tests` runs marked tests only."""
 
 
 def python_of(version: str) -> str:
@@ -49,19 +69,21 @@ def run(version: str, packages: list[str], options: list[str]) -> subprocess.Com
     return done
 
 
-def main(beside: dict[str, list[str]], what_then: str, options: list[str]) -> None:
+def main(torch: str, what_then: str, option: str, *chosen: str) -> None:
     """Prints what came of each version, and merges or compares all."""
+    chosen = chosen or tuple(LAST_PATCHES if what_then == "--merge" else [*ENDS_OF_ERAS, *BETWEEN])
+    beside = {version: [torch, "numpy<2" if version.startswith("4") else "numpy"] for version in chosen}
     wheel = str(built_wheel())
     with ThreadPoolExecutor(max_workers=2) as pool:
-        futures = {version: pool.submit(run, version, [*more, wheel], options) for version, more in beside.items()}
+        futures = {version: pool.submit(run, version, [*more, wheel], [option]) for version, more in beside.items()}
         outcomes = {version: future.result() for version, future in futures.items()}
     for version, outcome in outcomes.items():
         print(f"{version}: {outcome.stdout.strip()}")
-    python = python_of(next(iter(beside)))
+    python = python_of(chosen[0])
     subprocess.run([python, "tools/matrix.py", what_then, str(FOLDER / "verdicts")], check=True, env=ENVIRONMENT)
     if any(outcome.returncode for outcome in outcomes.values()):
         sys.exit("not every version passed")
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    main(*sys.argv[1:])
