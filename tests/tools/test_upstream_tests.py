@@ -26,7 +26,7 @@ class Test(unittest.TestCase):
         torch.manual_seed(1)
         model = (model or LlamaForCausalLM(LlamaConfig(**TINY))).eval()
         ids = torch.arange(count)[None]
-        assert model(input_ids=ids).logits.shape == (1, count, 20)
+        assert model(input_ids=ids, position_ids=ids).logits.shape == (1, count, 20)
 
     def test_ordinary_call(self):
         self.run_tokens(4)
