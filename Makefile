@@ -11,7 +11,7 @@ demo: .venv/ready
 	@$(NOX) -s demo -- $(ARGS)
 
 test: .venv/ready
-	@$(NOX) -s lint wheel tests trl eras -- $(ARGS)
+	@$(NOX) -t ci -- $(ARGS)
 
 check: .venv/ready
 	@$(NOX) -s lint check -- $(ARGS)

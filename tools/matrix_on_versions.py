@@ -1,9 +1,9 @@
 """Runs tools/matrix.py on many transformers, two at a time, each in an environment of its own; `nox -s matrix`, `eras`.
 
-python tools/matrix_on_versions.py torch==VERSION --merge|--compare OPTION [TRANSFORMERS VERSION...]
+python tools/matrix_on_versions.py torch==VERSION --merge [TRANSFORMERS VERSION...]     all checks
+python tools/matrix_on_versions.py torch==VERSION --compare                             quickly, on the ends of each era
 
-Without versions, --merge takes every minor and --compare the ends of each era. The package is the wheel that is built
-first, not the repository.
+Without versions --merge takes every minor. The package is the wheel that is built first, not the repository.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,17 +29,15 @@ LAST_PATCHES = [
     "5.10.4", "5.11.0", "5.12.1", "5.13.1", "5.14.1", "5.15.1", "5.16.1", "5.17.0", "5.18.0", "5.19.0", "5.20.2",
     "5.21.1", "5.22.2", "5.23.0", "5.24.0",
 ]
+# fmt: on
 """The last patch release of every transformers minor."""
 
-ENDS_OF_ERAS = [
-    "4.34.1", "4.35.2", "4.36.2", "4.37.2", "4.38.2", "4.42.4", "4.43.4", "4.47.1", "4.48.3", "4.52.4", "4.53.3",
-    "5.0.0", "5.10.4", "5.24.0",
-]
-# fmt: on
-"""Where transformers changed how attention is reached: the first and the last version of each way."""
+FIRST_OF_ERA = ["4.36.2", "4.38.2", "4.43.4", "4.48.3", "4.53.3", "5.10.4"]
+LAST_OF_ERA = ["4.34.1", "4.35.2", "4.37.2", "4.42.4", "4.47.1", "4.52.4", "4.57.6", "5.0.0", "5.24.0"]
+"""Where transformers changed how attention is reached: the first and the last version of each way.
 
-BETWEEN = ["4.57.6"]
-"""Within an era, but where `nox -s tests` runs marked tests only."""
+Variants are compared on the last ones only: what an era adds to a way of reaching attention stays until its end.
+"""
 
 
 def python_of(version: str) -> str:
@@ -54,13 +53,13 @@ def built_wheel() -> Path:
     return wheel
 
 
-def run(version: str, packages: list[str], options: list[str]) -> subprocess.CompletedProcess[str]:
+def run(version: str, packages: list[str], option: str) -> subprocess.CompletedProcess[str]:
     """Makes an environment and collects the verdicts on one version in it; ends at the first step that fails."""
     verdicts = str(FOLDER / "verdicts" / f"{version}.json")
     steps = [
         [UV, "venv", "--quiet", "--clear", "--python", sys.executable, str(FOLDER / version)],
         [UV, "pip", "install", "--quiet", "--python", python_of(version), f"transformers=={version}", *packages],
-        [python_of(version), "tools/matrix.py", verdicts, *options],
+        [python_of(version), "tools/matrix.py", verdicts, option],
     ]
     for step in steps:
         done = subprocess.run(step, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT)
@@ -69,17 +68,26 @@ def run(version: str, packages: list[str], options: list[str]) -> subprocess.Com
     return done
 
 
-def main(torch: str, what_then: str, option: str, *chosen: str) -> None:
+def options_of(what_then: str, chosen: Sequence[str]) -> dict[str, str]:
+    """Returns the option of tools/matrix.py for each version."""
+    if what_then == "--merge":
+        return dict.fromkeys(chosen or LAST_PATCHES, "--natively")
+    return {**dict.fromkeys(LAST_OF_ERA, "--quick"), **dict.fromkeys(FIRST_OF_ERA, "--defaults")}
+
+
+def main(torch: str, what_then: str, *chosen: str) -> None:
     """Prints what came of each version, and merges or compares all."""
-    chosen = chosen or tuple(LAST_PATCHES if what_then == "--merge" else [*ENDS_OF_ERAS, *BETWEEN])
-    beside = {version: [torch, "numpy<2" if version.startswith("4") else "numpy"] for version in chosen}
+    options = options_of(what_then, chosen)
+    beside = {version: [torch, "numpy<2" if version.startswith("4") else "numpy"] for version in options}
     wheel = str(built_wheel())
     with ThreadPoolExecutor(max_workers=2) as pool:
-        futures = {version: pool.submit(run, version, [*more, wheel], [option]) for version, more in beside.items()}
+        futures = {
+            version: pool.submit(run, version, [*more, wheel], options[version]) for version, more in beside.items()
+        }
         outcomes = {version: future.result() for version, future in futures.items()}
     for version, outcome in outcomes.items():
         print(f"{version}: {outcome.stdout.strip()}")
-    python = python_of(chosen[0])
+    python = python_of(next(iter(options)))
     subprocess.run([python, "tools/matrix.py", what_then, str(FOLDER / "verdicts")], check=True, env=ENVIRONMENT)
     if any(outcome.returncode for outcome in outcomes.values()):
         sys.exit("not every version passed")

@@ -13,7 +13,7 @@ from helpers.comparison import SAME_WEIGHTS, assert_same_training
 from helpers.training import flattening, trained
 
 pytestmark = [
-    pytest.mark.versions,  # on three of them: noxfile.py
+    pytest.mark.versions,  # on two of them: noxfile.py
     pytest.mark.xdist_group("distributed"),  # `both` is made once, not by each of pytest's processes
 ]
 

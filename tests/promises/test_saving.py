@@ -39,6 +39,7 @@ def _trusting_torch_load(monkeypatch):
 
 pytestmark = [
     pytest.mark.versions,
+    pytest.mark.slow,
     pytest.mark.xdist_group("saving"),  # one process makes `whole`, and only once
     pytest.mark.filterwarnings("ignore:Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected:UserWarning"),
 ]

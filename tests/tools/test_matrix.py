@@ -18,21 +18,21 @@ LLAMA = registry().get("llama")
 
 def test_right_cell_is_exact():
     """The control of the two below."""
-    assert matrix.verdict(LLAMA, "eager", {}) == "exact"
+    assert matrix.verdict(LLAMA, "eager", {}, CHECKS) == "exact"
 
 
 def test_wrong_kernel_is_a_wrong_cell(monkeypatch):
     monkeypatch.setattr(checks, "applied", lambda model: patching.applied(model, verify=False))
     right = sdpa.attend
     monkeypatch.setattr(sdpa, "attend", lambda *args, **options: 1.01 * right(*args, **options))
-    assert matrix.verdict(LLAMA, "eager", {}).startswith("wrong: check_logits")
+    assert matrix.verdict(LLAMA, "eager", {}, CHECKS).startswith("wrong: check_logits")
 
 
 def test_model_that_does_not_verify_is_a_wrong_cell(monkeypatch):
     failed = patching.verification.Verification("Tiny", logit_change=1.0, leaked_gradient=0.0, alone_error=0.0)
     monkeypatch.setattr(checks, "applied", lambda model: patching.applied(model, verify=False))
     monkeypatch.setattr(patching.verification, "verify", lambda model: failed)
-    assert matrix.verdict(LLAMA, "eager", {}).startswith("wrong: verify: LeakError")
+    assert matrix.verdict(LLAMA, "eager", {}, CHECKS).startswith("wrong: verify: LeakError")
 
 
 def test_merged_table_is_the_one_that_the_package_reads(tmp_path, monkeypatch):
@@ -61,5 +61,6 @@ def test_changed_cell_is_found(tmp_path, monkeypatch, known, same):
 
 def test_a_quick_verdict_is_compared_without_what_it_left_out():
     gaps = "exact: but upstream fails check_cost: A: but upstream fails check_two_forwards: B"
-    assert matrix.forms_of(gaps) == (gaps, "exact: but upstream fails check_cost: A")
-    assert set(matrix.LONG) < set(CHECKS)
+    kept = gaps + ": but upstream fails check_gradients: C"
+    assert matrix.forms_of(kept) == (kept, "exact: but upstream fails check_gradients: C")
+    assert set(matrix.QUICK) < set(CHECKS)
