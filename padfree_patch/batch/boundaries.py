@@ -55,13 +55,13 @@ def read_tensors(position_ids: Tensor | None, mask: Tensor | None, *, left_padde
     if position_ids is None:
         assert mask is not None
         segments = host_values(mask)
-        if not segments.max() > 1:
+        if not _numbers_segments(segments):
             return None
         return Reading(_run_lengths(_segment_changes(check_whole(segments, mask.dtype, "attention_mask"))))
     if mask is None:
         return _read_positions(_whole_positions(host_values(position_ids), position_ids.dtype), left_padded=left_padded)
     positions, segments = host_pair(position_ids, mask)
-    if segments.max() > 1:
+    if _numbers_segments(segments):
         return _read_segments(positions, check_whole(segments, mask.dtype, "attention_mask"))
     return _read_padded(_whole_positions(positions, position_ids.dtype), segments)
 
@@ -143,6 +143,11 @@ def _read_positions(positions: Values, *, left_padded: bool) -> Reading | None:
         after = np.concatenate((np.zeros((len(leading), 1), bool), leading[:, :-1]), axis=1)  # to the first text
         told = breaks & ~leading & ~after
     return Reading(_run_lengths(breaks), _first_jump(positions, told)) if told.any() else None
+
+
+def _numbers_segments(mask: Values) -> bool:
+    """Whether a mask holds more than 0 and 1. Its maximum does not tell: it is NaN if any value is."""
+    return bool((mask > 1).any())
 
 
 def _segment_changes(segments: Values, name: str = "attention_mask") -> Values:

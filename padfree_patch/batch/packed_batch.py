@@ -20,12 +20,12 @@ from torch import Tensor
 
 from .. import versions
 from ..errors import PadfreeError
-from .arguments import check_no_segments, checked_positions, is_unreadable, mask_of_tokens, mask_refused
 from .boundaries import Jump, Reading, read_tensors
 from .cache import MISSING, LastUsed, own_key
 from .host import host_values, is_whole, values_on_cpu
 from .lengths import Lengths, begins_of, check_positions, sequences_of
 from .sequences import PackedSequences
+from .shapes import check_no_segments, checked_positions, is_unreadable, isolates, mask_of_tokens, mask_refused
 from .square_mask import is_block_causal
 
 known_batches: LastUsed[PackedBatch] = LastUsed()
@@ -100,8 +100,9 @@ def read_batch(
         shape: (B, T) of the tokens.
         device: of the tokens.
         position_ids: (B, T), (1, T) or None.
-        attention_mask: what the caller gave; 2-D masks are read, of wider ones (with a cache) the last T columns. Any
-            other one isolates, unless it says just what lengths or positions say.
+        attention_mask: what the caller gave; 2-D masks are read, of wider ones (with a cache) the last T columns. One
+            for each pair of tokens isolates, unless it says just what lengths or positions say. Beside a packed batch
+            any other one is an error.
         lengths: those of `LENGTH_ARGUMENTS` that the caller gave.
         generating: whether a cache came along, so that equal positions at the start of a row are left padding.
 
@@ -110,15 +111,16 @@ def read_batch(
     """
     if is_unreadable(position_ids) or (isinstance(attention_mask, Tensor) and is_unreadable(attention_mask)):
         return None  # traced on fake tensors: there are no values, and so no examples
-    if attention_mask is not None and not (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
+    if isolates(attention_mask, shape):
         return _beside_own_mask(shape, device, position_ids, attention_mask, lengths)
     positions = checked_positions(position_ids, shape)
     mask = mask_of_tokens(attention_mask, shape, generating)
     other_mask = mask is None and attention_mask is not None
+    if other_mask:
+        check_no_segments(attention_mask, shape)
     if lengths:
         batch = _from_lengths(shape, device, positions, mask, lengths)
     elif positions is None and (mask is None or mask.dtype == torch.bool):
-        check_no_segments(attention_mask, mask, shape)
         return None  # nothing here could tell one example from the next
     else:
         batch = _from_tensors(shape, device, positions, mask, left_padded=generating or other_mask)
@@ -195,7 +197,7 @@ def _steps_by_one(positions: Tensor | None, sequences: PackedSequences, *, certa
 def _beside_own_mask(
     shape: tuple[int, int], device: torch.device, positions: Tensor | None, mask: object, lengths: Lengths
 ) -> PackedBatch | None:
-    """Returns the sequences of a batch whose mask is no 2-D one, or None: then the mask isolates what is in it.
+    """Returns the sequences of a batch whose mask is for pairs of tokens, or None: then the mask isolates.
 
     The batch is packed if the mask hides just what the lengths, or the positions, say that it must.
     """

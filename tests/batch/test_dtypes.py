@@ -89,6 +89,16 @@ def test_fractional_positions_are_kept_where_something_else_says_the_boundaries(
         assert torch.equal(found.position_ids, halves)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.5])
+@pytest.mark.parametrize("positions", [None, POSITIONS.repeat(2, 1)])
+def test_a_value_that_means_nothing_does_not_hide_segment_numbers(positions, value):
+    """The largest of values among which is NaN is NaN, which is not above 1."""
+    mask = torch.cat([SEGMENTS, SEGMENTS * 0 + 1]).float()
+    mask[1, 5] = value
+    with pytest.raises(PadfreeError, match=rf"attention_mask: {value} \(row 1, token 5\)"):
+        read(positions, mask)
+
+
 def test_an_ordinary_mask_of_halves_is_upstreams():
     assert read(torch.arange(9)[None], SEGMENTS / 4 + 0.25) is None
 

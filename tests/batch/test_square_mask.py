@@ -76,9 +76,43 @@ def test_any_other_mask_means_that_the_caller_isolates_unless_lengths_were_given
         read(mask, **BY_LENGTHS)
 
 
-@pytest.mark.parametrize("mask", [{"full_attention": torch.ones(1, 1, 9, 9)}, torch.ones(1, 9, 9), object()])
-def test_masks_of_other_kinds_go_to_upstream_too(mask):
+SQUARE, OF_TOKENS = torch.ones(1, 1, 9, 9), torch.ones(1, 1, 1, 9)
+
+
+@pytest.mark.parametrize("mask", [{"full": SQUARE, "sliding": SQUARE}, {"full": object()}, torch.ones(1, 2, 9, 12)])
+def test_masks_of_pairs_of_other_kinds_go_to_upstream_too(mask):
     assert read(mask) is None
+
+
+@pytest.mark.parametrize("lengths", [{}, BY_LENGTHS], ids=["positions", "lengths"])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        *(torch.ones(9), torch.ones(9, dtype=torch.bool), torch.tensor(True), torch.ones(1, 1, 9), torch.ones(1, 9, 9)),
+        *(OF_TOKENS, OF_TOKENS * 0, OF_TOKENS.mT, torch.ones(1, 1, 9, 8), torch.ones(1, 1, 1, 9, 9)),
+        *({"full": None}, {"full": SQUARE, "sliding": None}, {"full": torch.ones(1, 9)}, {}),
+        *([[1] * 9], OF_TOKENS.numpy()),
+    ],
+    ids=lambda mask: str(tuple(mask.shape) if hasattr(mask, "shape") else mask)[:30],
+)
+def test_masks_that_tell_no_example_from_the_next_are_refused_beside_several(mask, lengths):
+    """The controls: beside positions of one text, or of left padding, they are upstream's."""
+    with pytest.raises(PadfreeError, match="the batch is packed, but its attention_mask is"):
+        read(mask, **lengths)
+    for positions in (torch.arange(9), torch.tensor([1, 1, 0, 1, 2, 3, 4, 5, 6])):
+        assert read(mask, positions[None]) is None
+
+
+@pytest.mark.parametrize("mask", [torch.ones(9), torch.ones(1, 1, 9), torch.ones(1, 8), torch.ones(2, 9)])
+@pytest.mark.parametrize("positions", [None, POSITIONS, torch.arange(9)[None]])
+def test_segment_numbers_of_another_shape_are_refused_whatever_the_positions(mask, positions):
+    mask[..., 4:] = 2
+    with pytest.raises(PadfreeError, match=r"attention_mask holds segment numbers of shape \(.*\) for \(1, 9\)"):
+        read(mask, positions)
+
+
+def test_a_bias_on_keys_is_no_segment_number():
+    assert read(OF_TOKENS * 3, torch.arange(9)[None]) is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from padfree_patch import PackedSequences, apply
-from padfree_patch.testing import conformance, examples, pack
+from padfree_patch.registry import registry
+from padfree_patch.testing import conformance, examples, pack, tiny_model
 
 pytestmark = pytest.mark.versions
 
@@ -59,6 +60,17 @@ def test_block_causal_mask_of_the_positions_is_served_as_a_packed_row(make, plai
         for model in (patched, patched.model):  # the control: what it costs is a packed row's, whose weights are none
             with pytest.raises(ValueError, match="output_attentions of a packed batch"):
                 model(**{name: batch[name] for name in batch if name != "labels"}, output_attentions=True)
+
+
+def test_a_window_applies_under_a_block_causal_mask_too():
+    """Upstream adds no window to a mask of the caller's (the control); the row is served as packed."""
+    plain = tiny_model(registry().get("mistral"), "eager", sliding_window=3)
+    batch = {**BATCH, "attention_mask": hidden(BLOCKS)}
+    with torch.no_grad():
+        upstream = result(plain, **batch)
+        alone = conformance.logits_alone(lambda: plain, examples(LENGTHS))
+        conformance.assert_logits_close(apply(plain)(**batch).logits, alone)
+    assert isinstance(upstream, str) or (upstream - alone).abs().max() > 0.01
 
 
 def tree():

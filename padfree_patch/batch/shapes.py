@@ -1,7 +1,10 @@
-"""What the caller gives beside the tokens: brought to their shape, or refused with the reason."""
+"""What the caller gives beside the tokens, told by its shape: brought to theirs, left to upstream, or refused."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -27,11 +30,26 @@ def mask_of_tokens(attention_mask: object, shape: tuple[int, int], generating: b
     return attention_mask if attention_mask.shape[1] == shape[1] else None
 
 
-def check_no_segments(attention_mask: object, mask: Tensor | None, shape: tuple[int, int]) -> None:
+def isolates(attention_mask: object, shape: tuple[int, int]) -> bool:
+    """Whether a mask says of each pair of tokens whether one sees the other: then the caller isolates.
+
+    Such are 4-D tensors (B, heads, T, T or more keys), dicts of them, and objects such as flex attention's. A mask that
+    says something of each token alone, in whatever shape, tells no example from the next.
+    """
+    if isinstance(attention_mask, Tensor):
+        tokens = shape[1]
+        return attention_mask.dim() == 4 and attention_mask.shape[2] == tokens <= attention_mask.shape[3]
+    if isinstance(attention_mask, Mapping):
+        return bool(attention_mask) and all(isolates(each, shape) for each in attention_mask.values())
+    return attention_mask is not None and not isinstance(attention_mask, Sequence | np.ndarray)
+
+
+def check_no_segments(attention_mask: object, shape: tuple[int, int]) -> None:
     """Raises PadfreeError if a mask of another shape holds segment numbers: they can't be meant for these tokens."""
-    if not isinstance(attention_mask, Tensor) or mask is not None or attention_mask.dim() != 2:
+    if not isinstance(attention_mask, Tensor) or attention_mask.dtype == torch.bool:
         return
-    if attention_mask.dtype != torch.bool and not is_unreadable(attention_mask) and exceeds(attention_mask, 1):
+    is_bias = attention_mask.dim() == 4 and attention_mask.is_floating_point()
+    if not is_bias and exceeds(attention_mask, 1):
         raise PadfreeError(f"attention_mask holds segment numbers of shape {tuple(attention_mask.shape)} for {shape}")
 
 
