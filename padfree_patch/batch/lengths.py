@@ -34,17 +34,18 @@ def sequences_of(lengths: Lengths, shape: tuple[int, int], device: torch.device)
 
     Raises PadfreeError if they contradict each other or the shape.
     """
-    longest = {name: _whole_number(name, lengths[name]) for name in ("max_length_q", "max_length_k") if name in lengths}
+    maxima = {name: lengths[name] for name in ("max_length_q", "max_length_k") if name in lengths}
+    if "packed_sequences" not in lengths:  # which know their own maximum
+        maxima = {name: _whole_number(name, value) for name, value in maxima.items()}
     seq_idx = _checked_seq_idx(lengths["seq_idx"], shape) if "seq_idx" in lengths else None
-    first, sequences = _first_form(lengths, seq_idx, min(longest.values(), default=None), shape, device)
+    first, sequences = _first_form(lengths, seq_idx, maxima, shape, device)
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         if name in lengths and name != first:
             _check_cu_seqlens(first, sequences, name, lengths[name])
     if seq_idx is not None and first != "seq_idx":
         _check_seq_idx(first, sequences, seq_idx, shape)
-    for name, value in longest.items():
-        if value < sequences.max_seqlen:
-            raise PadfreeError(f"{name} is {value}, but the longest sequence has {sequences.max_seqlen} tokens")
+    for name, value in maxima.items():
+        _check_maximum(name, value, sequences)
     _check_rows(shape, sequences)
     return sequences
 
@@ -85,7 +86,11 @@ def check_positions(positions: Tensor, sequences: PackedSequences, mask: Tensor 
 
 
 def _first_form(
-    lengths: Lengths, seq_idx: Tensor | None, longest: int | None, shape: tuple[int, int], device: torch.device
+    lengths: Lengths,
+    seq_idx: Tensor | None,
+    maxima: Mapping[str, Any],
+    shape: tuple[int, int],
+    device: torch.device,
 ) -> tuple[str, PackedSequences]:
     """Returns the first form that says where sequences end, by name; the others are compared with it."""
     total = shape[0] * shape[1]
@@ -94,11 +99,21 @@ def _first_form(
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         if name in lengths:
             _check_whole(name, lengths[name])
+            longest = min(maxima.values(), default=None)
             found = PackedSequences.from_cu_seqlens(lengths[name], max_seqlen=longest, total=total, device=device)
             return name, found
     if seq_idx is not None:
         return "seq_idx", PackedSequences.from_lengths(lengths_of_segments(seq_idx), device=device, total=total)
     raise PadfreeError(f"{', '.join(lengths)} without cu_seq_lens_q: a maximum does not say where sequences end")
+
+
+def _check_maximum(name: str, value: object, sequences: PackedSequences) -> None:
+    """Raises PadfreeError if a maximum is less than the longest sequence. A tensor on a device is not read."""
+    longest = sequences.max_seqlen
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point():
+        check_on_device((value >= longest).all(), f"{name} is too small: the longest sequence has {longest} tokens")
+    elif (number := _whole_number(name, value)) < longest:
+        raise PadfreeError(f"{name} is {number}, but the longest sequence has {longest} tokens")
 
 
 def _whole_number(name: str, value: object) -> int:

@@ -8,22 +8,23 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 import torch
 
-from ..arguments import number_of_64_bits, whole_numbers
+from ..arguments import Integers, number_of_64_bits, whole_numbers
 from ..batch.labels import IGNORED_LABEL
 from ..errors import PadfreeError
 from .fields import (
+    READ,
     Feature,
-    Integers,
+    LeftOut,
     Mask,
     as_tensors,
     label_masks,
-    lengths_inside,
     list_of_examples,
     mask_values,
     token_values,
     trained_tokens,
 )
 from .flattening import DataCollatorWithFlattening, FlatteningOptions
+from .lengths_inside import lengths_inside
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -57,9 +58,9 @@ class DataCollatorForCompletionOnlyLM:
         mlm: only False; TRL has it for its base class.
         ignore_index: label of what is not trained on.
         padding_free: flatten the examples (`DataCollatorWithFlattening`, which takes `flattening`) instead of padding.
-            The batch then also holds TRL's `cu_seq_lens_q` and `cu_seq_lens_k`, int32 (1, sequences + 1), and
-            `max_length_q` and `max_length_k`, int64 (1,), unless `return_flash_attn_kwargs` says whether the batch
-            holds them in transformers' form, with `packed_sequences`.
+            The batch then also holds `packed_sequences`, and TRL's `cu_seq_lens_q` and `cu_seq_lens_k`, int32
+            (1, sequences + 1), and `max_length_q` and `max_length_k`, int64 (1,), unless `return_flash_attn_kwargs`
+            says whether the batch holds all of them, in transformers' form.
         pad_to_multiple_of: round the padded length up to it, or the row's.
         flattening: arguments of `DataCollatorWithFlattening`; without `padding_free` only `return_tensors`.
     """
@@ -99,6 +100,7 @@ class DataCollatorForCompletionOnlyLM:
             separator_id=ignore_index, pad_to_multiple_of=pad_to_multiple_of, **options
         )
         self.pad_to_multiple_of = self._flatten.pad_to_multiple_of
+        self._left_out = LeftOut("choose padding_free=True with token_fields= or example_fields=, or remove the column")
 
     def __call__(self, features: Iterable[Example], return_tensors: str | None = None) -> dict[str, Any]:
         """Collates examples with `input_ids`; `labels` that they may have are not read, TRL's label masks are.
@@ -129,6 +131,7 @@ class DataCollatorForCompletionOnlyLM:
         masks = label_masks(examples)
         labelled = [self._with_labels(feature, masks, i, len(examples)) for i, feature in enumerate(examples)]
         if not self.padding_free:
+            self._left_out.warn_of(examples, READ)
             return self._pad(labelled, kind)
         batch = self._flatten(labelled, return_tensors=kind)
         return _in_trls_form(batch, kind) if self._trl_lengths else batch
@@ -136,7 +139,8 @@ class DataCollatorForCompletionOnlyLM:
     def _with_labels(self, feature: Feature, masks: Sequence[str], index: int, count: int) -> dict[str, object]:
         """Returns the example with labels that are `ignore_index` outside completions, in padding and by the masks."""
         tokens = token_values(feature, "input_ids", index)
-        lengths = lengths_inside(feature, len(tokens), index)
+        keeps = self.padding_free and "position_ids" in self._flatten.token_fields
+        lengths = lengths_inside(feature, len(tokens), index, keeps_positions=keeps)
         if len(lengths) > 1 and not self.padding_free:
             raise PadfreeError(f"example {index} is a row of {len(lengths)} examples, which needs padding_free=True")
         parts = np.split(tokens, np.cumsum(lengths)[:-1])
@@ -208,9 +212,7 @@ def _in_trls_form(batch: dict[str, Any], kind: str) -> dict[str, Any]:
     """Returns a flattened batch with its lengths as TRL's collator has them: each with a batch dimension of 1."""
     longest = as_tensors({"longest": np.array([batch["max_length_q"]], dtype=np.int64)}, kind)["longest"]
     in_rows = {name: batch[name][None] for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
-    padded = batch["packed_sequences"].padding  # of which nothing else tells
-    others = {name: value for name, value in batch.items() if padded or name != "packed_sequences"}
-    return {**others, **in_rows, "max_length_q": longest, "max_length_k": longest}
+    return {**batch, **in_rows, "max_length_q": longest, "max_length_k": longest}
 
 
 def _places_of(ids: TokenIds, tokens: Integers, what: str, place: str) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ..arguments import Integers, whole_number
 from ..errors import PadfreeError
+from .boundary_columns import KEPT
 from .packing_plan import check_not_empty, plan_packing
 from .row_writer import Parts, as_dataset, packed_rows
 from .token_columns import TokenColumn, check_no_nulls, read_columns
@@ -36,12 +37,13 @@ def pack_dataset(
     """Packs examples into rows of at most `max_length` tokens, by best-fit decreasing (`plan_packing`).
 
     Every list column that is as long as `column` in each example (labels, masks) is joined row by row; other columns
-    are left out, and the log warns which. Four columns say where examples end, whichever of them a Trainer keeps:
-    `position_ids` that restart at every example, its number in `seq_idx` (from 0) and in `attention_mask` (from 1), and
-    `seq_lengths`, TRL's name, with the tokens of each. The collators read any of them; taking away the last one is an
-    error. No example is divided and no token lost, unless `too_long` asks for it; then the log says how many (logger
-    padfree_patch.dataset). With TRL's `completion_mask` or `assistant_masks` the rows have `labels` in which what a
-    mask leaves out is -100.
+    are left out, and the log warns which. Five columns say where examples end, whichever of them a Trainer keeps:
+    `position_ids` that restart at every example, its number in `seq_idx` (from 0) and in `attention_mask` (from 1),
+    `seq_lengths`, TRL's name, with the tokens of each, and `label_ids`, which every Trainer keeps, with the same
+    numbers below zero. The collators read any of them; taking away the last one is an error, until the rows were saved
+    or mapped. No example is divided and no token lost, unless `too_long` asks for it; then the log says how many
+    (logger padfree_patch.dataset). With TRL's `completion_mask` or `assistant_masks` the rows have `labels` in which
+    what a mask leaves out is -100.
 
     Rows are made some at a time. Those of a data set that is on disk go to a cache file beside its own, as `map`'s do,
     unless `datasets.disable_caching` was called.
@@ -73,7 +75,7 @@ def pack_dataset(
     plan = plan_packing(parts.lengths, max_length)
     logger.info("%s", plan)
     rows = packed_rows(per_token, tokens, parts, plan)
-    return as_packed(as_dataset(rows, dataset, arguments=(max_length, column, too_long)))
+    return as_packed(as_dataset(rows, dataset, arguments=(max_length, column, too_long)), column)
 
 
 def _check_arguments(dataset: datasets.Dataset, column: str, too_long: str) -> None:
@@ -91,6 +93,8 @@ def _check_arguments(dataset: datasets.Dataset, column: str, too_long: str) -> N
         )
     if "seq_lengths" in dataset.column_names:
         raise PadfreeError("the dataset is packed already: its rows have seq_lengths")
+    if KEPT in dataset.column_names:
+        raise PadfreeError(f"packed rows say in {KEPT} where their examples end: rename the column (labels?)")
     if not isinstance(too_long, str) or too_long not in TOO_LONG:
         raise PadfreeError(f"too_long={too_long!r}; choose one of {', '.join(TOO_LONG)}")
     if not isinstance(column, str) or column not in dataset.column_names:
@@ -149,7 +153,8 @@ def _mask_faults(values: Integers, owner: Integers) -> Faults:
 
 
 def _position_faults(values: Integers, owner: Integers) -> Faults:
-    return (((np.diff(values) != 1) & (np.diff(owner) == 0), "holds several examples (its position_ids restart)"),)
+    what = "holds several examples, or jumps (its position_ids do not go up by one)"
+    return (((np.diff(values) != 1) & (np.diff(owner) == 0), what),)
 
 
 def _number_faults(values: Integers, owner: Integers) -> Faults:

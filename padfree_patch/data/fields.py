@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,25 +10,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..batch.boundaries import jump_of_positions, lengths_of_segments
-from ..batch.sequences import PackedSequences
+from ..arguments import Integers
 from ..errors import PadfreeError
+from .boundary_columns import BOUNDARY_FIELDS, KEPT
 
 Feature = Mapping[str, object]
 """An example of a data set: its fields by name."""
 
-Integers = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.generic]
 Mask = npt.NDArray[np.bool_]
 
 LABEL_MASKS = ("completion_mask", "assistant_masks")
 """TRL's columns that say by a 0 which tokens are not trained; both may be there."""
 
-BOUNDARIES = ("seq_lengths", "position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "packed_sequences")
-"""Fields, beside an `attention_mask` of segment numbers, by which an example may say that it holds several."""
-
-READ = ("input_ids", "labels", "attention_mask", *LABEL_MASKS, *BOUNDARIES, "max_length_q", "max_length_k")
-"""Fields that a collator reads, or whose meaning it reads elsewhere."""
+READ = ("input_ids", "labels", *LABEL_MASKS, *(name for name in BOUNDARY_FIELDS if name != KEPT))
+"""Fields that a collator reads; `KEPT` too if `pack_dataset` wrote it."""
 
 
 def list_of_examples(features: object, *, token_lists: bool = False) -> list[Feature]:
@@ -57,10 +54,39 @@ def _kind(value: object) -> str:
     return f"{type(value).__name__}{keys}"
 
 
-def unread_fields(features: Sequence[Feature], read: Collection[str]) -> list[str]:
-    """Returns the names of fields that have a value somewhere and are not among those that are `read`."""
+class LeftOut:
+    """Warns of the fields that a collator leaves out, once of each."""
+
+    def __init__(self, what_to_do: str):
+        self._what_to_do = what_to_do
+        self._known: set[str] = set()
+
+    def warn_of(self, features: Sequence[Feature], read: Collection[str]) -> None:
+        """Warns of fields that have a value in an example of a batch and are not among those that are `read`."""
+        if unread := _unread_fields(features, {*read, *self._known}):
+            self._known.update(unread)
+            warnings.warn(f"the collator leaves out {', '.join(unread)}: {self._what_to_do}", stacklevel=4)
+
+
+def _unread_fields(features: Sequence[Feature], read: set[str]) -> list[str]:
     names = {name for feature in features for name, value in feature.items() if value is not None}
-    return sorted(map(str, names - set(read)))
+    if all(kept_lengths(feature) is not None for feature in features if feature.get(KEPT) is not None):
+        names -= {KEPT}
+    return sorted(map(str, names - read))
+
+
+def kept_lengths(feature: Feature) -> list[int] | None:
+    """Returns tokens per example as a row of `pack_dataset` has them under `KEPT`; None if it has something else there.
+
+    Raises PadfreeError if that, or its tokens, are no numbers of one shape.
+    """
+    if feature.get(KEPT) is None:
+        return None
+    values, tokens = (_as_array(feature.get(name), name) for name in (KEPT, "input_ids"))
+    if values.ndim != 1 or values.dtype.kind != "i":
+        return None
+    lengths = -values.astype(np.int64)
+    return lengths.tolist() if (lengths > 0).all() and lengths.sum() == tokens.size else None
 
 
 def field_names(feature: Feature) -> str:
@@ -123,74 +149,6 @@ def mask_values(feature: Feature, name: str, tokens: int, place: str) -> Numbers
     if (wrong := numbers != np.round(numbers)).any():  # NaN too
         raise PadfreeError(f"{place}: {name} must be whole numbers, found {numbers[wrong][0]}")
     return values
-
-
-def lengths_inside(feature: Feature, tokens: int, index: int, *, keeps_positions: bool = False) -> list[int]:
-    """Returns tokens per example of a feature, which may itself be a packed row of several examples.
-
-    Args:
-        feature: the example.
-        tokens: how many it has.
-        index: in the batch.
-        keeps_positions: whether its position_ids go into the batch as they are, so that other fields say where
-            examples end.
-
-    Raises PadfreeError if its fields disagree about them, or do not cover its number of `tokens`.
-    """
-    lengths_by_field = _lengths_by_field(feature, tokens, index)
-    if keeps_positions:
-        lengths_by_field.pop("position_ids", None)
-    else:
-        _check_no_jump(feature, lengths_by_field, index)
-    if not lengths_by_field:
-        return [tokens]
-    lengths, *others = lengths_by_field.values()
-    if sum(lengths) != tokens or any(other != lengths for other in others):
-        said = " and ".join(f"{name} say {each}" for name, each in lengths_by_field.items())
-        raise PadfreeError(f"example {index} has {tokens} tokens, but {said}")
-    return lengths
-
-
-def _lengths_by_field(feature: Feature, tokens: int, index: int) -> dict[str, list[int]]:
-    """Returns tokens per example as each field says that can say it."""
-    lengths = {}
-    if feature.get("seq_lengths") is not None:
-        lengths["seq_lengths"] = token_values(feature, "seq_lengths", index).tolist()
-    if feature.get("position_ids") is not None:
-        positions = token_values(feature, "position_ids", index)
-        if len(positions) != tokens:
-            raise PadfreeError(f"example {index} has {tokens} tokens, but {len(positions)} position_ids")
-        lengths["position_ids"] = list(PackedSequences.from_position_ids(torch.from_numpy(positions)).lengths)
-    if mask_values(feature, "attention_mask", tokens, f"example {index}").max(initial=0) > 1:
-        lengths["attention_mask"] = _lengths_of_segments(feature, "attention_mask", index)
-    if feature.get("seq_idx") is not None:
-        lengths["seq_idx"] = _lengths_of_segments(feature, "seq_idx", index)
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
-        if feature.get(name) is not None:
-            cu_seqlens = torch.from_numpy(token_values(feature, name, index))
-            lengths[name] = list(PackedSequences.from_cu_seqlens(cu_seqlens).lengths)
-    if isinstance(packed := feature.get("packed_sequences"), PackedSequences):
-        lengths["packed_sequences"] = list(packed.lengths)
-    return lengths
-
-
-def _check_no_jump(feature: Feature, lengths_by_field: dict[str, list[int]], index: int) -> None:
-    """Raises PadfreeError for position_ids that jump ahead where no other field says that an example ends."""
-    said = lengths_by_field.get("position_ids")
-    if said is None or list(lengths_by_field.values()).count(said) > 1:
-        return
-    jump = jump_of_positions(torch.from_numpy(token_values(feature, "position_ids", index)))
-    if jump is not None:
-        raise PadfreeError(
-            f"example {index}: position_ids jump ahead from {jump.before} to {jump.after} after token {jump.token}. If "
-            f"an example ends there, give seq_lengths={said} too. If the text goes on, its positions would be lost, "
-            "because the collator counts its own: name position_ids in token_fields=, and give seq_lengths and "
-            "return_flash_attn_kwargs=True, or leave the field out"
-        )
-
-
-def _lengths_of_segments(feature: Feature, name: str, index: int) -> list[int]:
-    return lengths_of_segments(torch.from_numpy(token_values(feature, name, index)))
 
 
 def check_example(feature: Feature, tokens: Integers, labels: Integers, place: str) -> None:

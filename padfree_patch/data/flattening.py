@@ -11,27 +11,26 @@ import numpy as np
 import torch
 
 from .. import versions
-from ..arguments import names, number_of_64_bits, whole_number
+from ..arguments import Integers, names, number_of_64_bits, whole_number
 from ..batch.labels import IGNORED_LABEL, ignore_first_labels
 from ..batch.sequences import PackedSequences
 from ..errors import PadfreeError
 from .fields import (
     READ,
     Feature,
-    Integers,
+    LeftOut,
     Numbers,
     as_tensors,
     check_example,
     join_row,
     label_masks,
-    lengths_inside,
     list_of_examples,
     stack_field,
     token_field,
     token_values,
     trained_tokens,
-    unread_fields,
 )
+from .lengths_inside import lengths_inside
 
 
 class RowOptions(TypedDict, total=False):
@@ -81,11 +80,13 @@ class DataCollatorWithFlattening:
         return_seq_idx: return `seq_idx`, the number of the example that a token belongs to, int32 (1, T).
         position_ids_start: position of each example's first token.
         pad_to_multiple_of: lengthen the row to a multiple of it by one more sequence, of padding, with labels -100. The
-            batch then holds `packed_sequences`, which tell a patched mixture of experts what not to count.
+            batch then holds `packed_sequences`, which tell a patched mixture of experts what not to count; a model that
+            is not patched may refuse them by a TypeError.
         pad_token_id: the token that this sequence repeats.
         max_tokens: most tokens of a row. Examples at the end of the batch that would make it longer are left out;
             `dropped_examples` and `dropped_tokens` count them, and a warning says so.
-        token_fields: names of more fields with a value per token, which are joined like the tokens (padding: 0).
+        token_fields: names of more fields with a value per token, which are joined like the tokens (padding: 0; of
+            `position_ids` 0, 1, 2, ...).
         example_fields: names of fields with a value per example, which are stacked: (examples, ...).
     """
 
@@ -123,7 +124,10 @@ class DataCollatorWithFlattening:
         self.token_fields = names(token_fields, "token_fields")
         self.example_fields = names(example_fields, "example_fields")
         self.dropped_examples = self.dropped_tokens = 0
-        self._unread: set[str] = set()
+        self._left_out = LeftOut(
+            "name a field with a value per token in token_fields=, one with a value per example in example_fields=, or "
+            "remove the column from the data set"
+        )
 
     def __call__(
         self,
@@ -145,7 +149,7 @@ class DataCollatorWithFlattening:
         Raises PadfreeError naming the example if one is empty, padded, or has labels or a mask of another length.
         """
         features = list_of_examples(features)
-        self._warn_of_unread(features)
+        self._left_out.warn_of(features, {*READ, *self.token_fields, *self.example_fields})
         tokens, labels = _tokens_and_labels(features)
         fitting = self._count_that_fit([len(each) for each in tokens])
         features, tokens, labels = features[:fitting], tokens[:fitting], labels[:fitting]
@@ -154,7 +158,7 @@ class DataCollatorWithFlattening:
         lengths = list(itertools.chain.from_iterable(inside))
         padding = -sum(lengths) % (self.pad_to_multiple_of or 1)
         sequences = PackedSequences.from_lengths([*lengths, padding] if padding else lengths, padding=padding)
-        separator = self.separator_id if separator_id is None else separator_id
+        separator = self.separator_id if separator_id is None else number_of_64_bits(separator_id, "separator_id")
         batch: dict[str, object] = {
             "input_ids": join_row(tokens, padding, self.pad_token_id),
             "labels": _joined_labels(labels, lengths, padding, separator),
@@ -165,17 +169,6 @@ class DataCollatorWithFlattening:
         if self.return_flash_attn_kwargs or padding:  # of which nothing else tells
             batch["packed_sequences"] = sequences
         return batch
-
-    def _warn_of_unread(self, features: Sequence[Feature]) -> None:
-        """Warns once of each field that is left out."""
-        unread = unread_fields(features, {*READ, *self.token_fields, *self.example_fields, *self._unread})
-        if unread:
-            self._unread.update(unread)
-            warnings.warn(
-                f"the collator leaves out {', '.join(unread)}: name a field with a value per token in token_fields=, "
-                "one with a value per example in example_fields=, or remove the column from the data set",
-                stacklevel=3,
-            )
 
     def _count_that_fit(self, lengths: list[int]) -> int:
         """Returns how many of the examples `max_tokens` has room for; counts the others as dropped, with a warning."""
@@ -215,7 +208,7 @@ class DataCollatorWithFlattening:
     def _more_fields(self, features: Sequence[Feature], lengths: list[int], padding: int) -> dict[str, Numbers]:
         """Returns the `token_fields`, joined, and the `example_fields`, stacked."""
         return {
-            **{name: join_row(token_field(features, name, lengths), padding, 0) for name in self.token_fields},
+            **{name: _joined_field(features, name, lengths, padding) for name in self.token_fields},
             **{name: stack_field(features, name) for name in self.example_fields},
         }
 
@@ -236,6 +229,12 @@ def _tokens_and_labels(features: Sequence[Feature]) -> tuple[list[Integers], lis
         trained = [trained_tokens(feature, masks, len(tokens[i]), i) for i, feature in enumerate(features)]
         labels = [np.where(mask, each, IGNORED_LABEL) for mask, each in zip(trained, labels)]
     return tokens, labels
+
+
+def _joined_field(features: Sequence[Feature], name: str, lengths: list[int], padding: int) -> Numbers:
+    """Joins a field with a value per token into a row (1, T). Padding has zeros; as positions 0, 1, 2, ..."""
+    values = token_field(features, name, lengths)
+    return join_row([*values, np.arange(padding)], 0, 0) if name == "position_ids" else join_row(values, padding, 0)
 
 
 def _joined_labels(labels: list[Integers], lengths: list[int], padding: int, separator: int | None) -> Numbers:

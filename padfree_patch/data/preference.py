@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..arguments import names, number_of_64_bits
+from ..arguments import Integers, names, number_of_64_bits
 from ..batch.labels import IGNORED_LABEL
 from ..errors import PadfreeError
 from .fields import (
     Feature,
-    Integers,
+    LeftOut,
     as_tensors,
     field_names,
     list_of_examples,
     mask_values,
     stack_field,
     token_values,
-    unread_fields,
 )
 from .flattening import DataCollatorWithFlattening, RowOptions
 
@@ -85,7 +83,9 @@ class DataCollatorForPreference:
             )
         self.ignore_index = number_of_64_bits(ignore_index, "ignore_index")
         self.pair_fields = names(pair_fields, "pair_fields")
-        self._unread: set[str] = set()
+        self._left_out = LeftOut(
+            "name fields with a value per pair in pair_fields=, or remove the column from the data set"
+        )
         options: RowOptions = {"return_flash_attn_kwargs": True, **flattening}
         self._flatten = DataCollatorWithFlattening(separator_id=ignore_index, **options)
 
@@ -106,7 +106,7 @@ class DataCollatorForPreference:
         features = list_of_examples(features)
         if not features:
             raise PadfreeError("no pairs to collate")
-        self._warn_of_unread(features)
+        self._left_out.warn_of(features, {*_READ, *self.pair_fields})
         has_prompt = _token_column(features[0], "prompt") is not None
         examples = [
             self._example(feature, answer, has_prompt, i, len(features))
@@ -116,16 +116,6 @@ class DataCollatorForPreference:
         batch = self._flatten(examples)
         fields = {name: stack_field(features, name) for name in self.pair_fields}
         return PairsInOneRow({**batch, **as_tensors(fields, self._flatten.return_tensors)})
-
-    def _warn_of_unread(self, features: Sequence[Feature]) -> None:
-        """Warns once of each field that is left out."""
-        if unread := unread_fields(features, {*_READ, *self.pair_fields, *self._unread}):
-            self._unread.update(unread)
-            warnings.warn(
-                f"DataCollatorForPreference leaves out {', '.join(unread)}: name fields with a value per pair in "
-                "pair_fields=, or remove the column from the data set",
-                stacklevel=3,
-            )
 
     def _example(self, feature: Feature, answer: str, has_prompt: bool, index: int, count: int) -> dict[str, Integers]:
         """Returns one answer of a pair after its prompt, whose labels are `ignore_index`."""

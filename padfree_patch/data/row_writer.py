@@ -15,6 +15,7 @@ import numpy as np
 from ..arguments import Integers
 from ..batch.labels import IGNORED_LABEL
 from ..errors import PadfreeError
+from .boundary_columns import KEPT
 from .fields import LABEL_MASKS
 from .packing_plan import PackingPlan
 from .token_columns import TokenColumn, groups
@@ -75,7 +76,9 @@ def _batch_of_rows(
     values["attention_mask"] = pa.array(np.repeat(number + 1, parts.lengths))
     # Lists of 32 bits: datasets before 2.20 knows no others, and a batch of rows is far from 2**31 tokens.
     lists = {name: pa.ListArray.from_arrays(offsets, each) for name, each in values.items()}
-    lists["seq_lengths"] = pa.ListArray.from_arrays(pa.array(examples, pa.int32()), pa.array(parts.lengths))
+    of_rows = pa.array(examples, pa.int32())
+    lists["seq_lengths"] = pa.ListArray.from_arrays(of_rows, pa.array(parts.lengths))
+    lists[KEPT] = pa.ListArray.from_arrays(of_rows, pa.array(-parts.lengths))
     return pa.RecordBatch.from_arrays(list(lists.values()), names=list(lists))
 
 

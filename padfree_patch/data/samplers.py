@@ -65,8 +65,8 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self._planned: tuple[int, list[list[int]]] | None = None
 
     def __len__(self) -> int:
-        """Counts the batches that this rank gets in this epoch."""
-        return self._count(self._epoch)
+        """Counts the batches that this rank gets in this epoch; once it has yielded them all, in the next."""
+        return self._count(self._epoch + self._complete)
 
     def __iter__(self) -> Iterator[list[int]]:
         if self._complete:
@@ -75,10 +75,13 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         if self.rank is not None:
             batches = batches[self.rank :: self.num_replicas]
         self._begun, self._skip = self._skip, 0
+        self._complete = self._begun == len(batches)
         for batch in batches[self._begun :]:
-            self._begun += 1  # before the yield, so that a state saved after it counts this batch
+            # Before the yield: a state saved after it counts this batch, and whoever takes `len` batches, as Trainers
+            # from 4.46 on, never comes back after the last one.
+            self._begun += 1
+            self._complete = self._begun == len(batches)
             yield batch
-        self._complete = True
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of an epoch, from 0. Without a call, the pass after a complete one is of the next epoch."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..data.boundary_columns import BOUNDARIES
+from ..data.boundary_columns import COLUMNS_OF_PACKED_ROWS
 from ..models import pretrained_modules
 from ..wrapping.opt_in import is_class_forward
 
@@ -54,7 +54,7 @@ def _removed_columns(trainer: Trainer | None) -> list[str]:
         return []
     loader = trainer.callback_handler.train_dataloader
     left = getattr(getattr(loader, "dataset", None), "column_names", None)
-    say_it = set(BOUNDARIES) - {"attention_mask"}  # if that one does, the rows are packed
+    say_it = set(COLUMNS_OF_PACKED_ROWS) - {"attention_mask"}  # if that one does, the rows are packed
     return [name for name in given if name in say_it] if isinstance(left, list) and not say_it & set(left) else []
 
 

@@ -9,9 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..batch.labels import IGNORED_LABEL
 from ..batch.packed_batch import PackedBatch
+from ..errors import PadfreeError
 from ..measure.memory import peak_bytes
+
+MOST_SECONDS = 300.0
+"""How long a process waits for the others to begin the training."""
 
 FIGURES = ("tokens_per_second", "padding_saved", "sequences_per_row", "longest_row", "peak_memory_gib")
 """What is added to a log, by name."""
@@ -58,10 +61,11 @@ class Counts:
 
     def add_packed(self, batch: PackedBatch, padding: int | Tensor) -> None:
         """Counts a packed batch, without its last sequence if `padding` is 1."""
-        sequences = len(batch.sequences) - padding
-        self.tokens += batch.sequences.total - padding * batch.sequences.lengths[-1]
+        lengths = batch.sequences.lengths
+        sequences = len(lengths) - padding
+        self.tokens += batch.sequences.total - padding * lengths[-1]
         self.sequences += sequences
-        self.padded_tokens += sequences * batch.sequences.max_seqlen
+        self.padded_tokens += sequences * max(lengths[:-1] if batch.sequences.padding else lengths)
 
 
 def real_tokens(rows: int, length: int, mask: Tensor | None) -> int | Tensor:
@@ -71,23 +75,49 @@ def real_tokens(rows: int, length: int, mask: Tensor | None) -> int | Tensor:
     return (mask != 0).sum()
 
 
-def ends_with_padding(batch: PackedBatch, labels: Tensor | None) -> int | Tensor:
-    """Returns 1 if the last sequence is what a collator added to reach a multiple, and 0 if not. Reads no device."""
-    last = batch.sequences.lengths[-1]
-    if batch.sequences.padding:
-        return 1
-    if not isinstance(labels, Tensor) or last == 1:
-        return 0
-    return (labels.reshape(-1)[-last:] == IGNORED_LABEL).all().long()
-
-
 def of_all_processes(values: list[float], device: torch.device, *, largest: bool = False) -> list[float]:
     """Returns each value's sum over the processes of a run, or the largest; all processes must ask at once."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not _are_several():
         return values
     together = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(together, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return together.tolist()
+
+
+def ends_with_padding(batch: PackedBatch, mask: Tensor | None) -> int | Tensor:
+    """Returns 1 if a collator of ours, or a mask, says that the last sequence is padding; 0 if not. Reads no device."""
+    if batch.sequences.padding:
+        return 1
+    return 0 if mask is None or mask.dim() != 2 else (mask[-1, -1] == 0).long()
+
+
+def check_all_begin(key: str) -> None:
+    """Waits until all processes of a run have come here, as often as this one, with the same key.
+
+    They meet in the store of the process group. What only some processes begin with the group itself hangs, or is
+    taken for another's operation.
+
+    Raises PadfreeError if some do not come.
+    """
+    store = dist.distributed_c10d._get_default_store() if _are_several() else None
+    if store is None:  # MPI has none
+        return
+    key, processes = f"padfree_patch/{key}", dist.get_world_size()
+    times = store.add(f"{key}/{dist.get_rank()}", 1)
+    store.add(key, 1)
+    end = time.monotonic() + MOST_SECONDS
+    while (begun := store.add(key, 0)) < times * processes:
+        if time.monotonic() > end:
+            raise PadfreeError(
+                f"PaddingFreeCallback sums its figures over all {processes} processes, but only "
+                f"{begun - (times - 1) * processes} began the training with one within {MOST_SECONDS:g} s: give the "
+                "Trainer of every process the callback, with the same patience"
+            )
+        time.sleep(0.02)
+
+
+def _are_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _peak_bytes() -> float:

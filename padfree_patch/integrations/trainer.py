@@ -16,7 +16,7 @@ from ..errors import PadfreeError
 from ..patching import is_applied
 from ..seams.model_call import tokens_of
 from .diagnosis import Seen, causes
-from .figures import FIGURES, Counts, ends_with_padding, of_all_processes, real_tokens
+from .figures import FIGURES, Counts, check_all_begin, ends_with_padding, of_all_processes, real_tokens
 from .trackers import calling_trainer, put_first, show_in_notebooks
 
 _Arguments = tuple[tuple[object, ...], dict[str, Any]]
@@ -43,7 +43,8 @@ class PaddingFreeCallback(TrainerCallback):
     the beginning of an epoch the callback sets the epoch of a `TokenBudgetBatchSampler`.
 
     The only device syncs are a few per log, and the one with which the patched model reads the batch anyway. Of several
-    processes (each with batches of its own), a log has the sums.
+    processes (each with batches of its own), a log has the sums; so the Trainer of every process must have the
+    callback: with it on some only, the training is an error.
 
     Args:
         patience: training steps after which a run that never showed a row with a second sequence is stopped with a
@@ -56,7 +57,6 @@ class PaddingFreeCallback(TrainerCallback):
         self._shown: dict[str, float | str] = {}
         self._steps = 0
         self._last_step = 0.0
-        self._is_patched = False
         self._hook: RemovableHandle | None = None
         self._model: nn.Module | None = None
 
@@ -77,10 +77,11 @@ class PaddingFreeCallback(TrainerCallback):
             raise PadfreeError("PaddingFreeCallback: the Trainer gave no model to watch")
         self._unhook()  # of a run that an error ended
         check_adapters(model)  # which may have come after apply
+        check_all_begin(f"PaddingFreeCallback(patience={self.patience})")
         self._counts, self._seen, self._steps = Counts(), Seen(), 0
         self._shown = dict.fromkeys(FIGURES, "No log")
         self._last_step = self._counts.began  # of none yet: an evaluation may come first
-        self._model, self._is_patched = model, is_applied(model)
+        self._model = model
         if trainer := calling_trainer(self):
             put_first(trainer, self)
         self._hook = model.register_forward_pre_hook(self._watch, with_kwargs=True)
@@ -141,7 +142,9 @@ class PaddingFreeCallback(TrainerCallback):
             state.log_history[-1].update(figures)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        self._counts.began += time.perf_counter() - self._last_step  # which was no training
+        now = time.perf_counter()
+        self._counts.began += now - self._last_step  # which was no training
+        self._last_step = now  # another data set may be evaluated next
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._unhook()
@@ -176,12 +179,13 @@ class PaddingFreeCallback(TrainerCallback):
         if batch is None:
             self._counts.add_ordinary(rows, length, mask)
             return None
-        if not self._is_patched:
+        if not is_applied(model):
+            self._unhook()
             raise PadfreeError(
                 f"{type(model).__name__} is given packed rows, but it is not patched; call padfree_patch.apply(model) "
                 "before the training"
             )
-        padding = ends_with_padding(batch, kwargs.get("labels"))
+        padding = ends_with_padding(batch, mask)
         self._counts.add_packed(batch, padding)
         self._seen.packed += len(batch.sequences) - padding > rows
         return None if kwargs.get("position_ids") is None else (args, {**kwargs, "position_ids": batch.position_ids})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from padfree_patch import DataCollatorWithFlattening, PackedSequences, PadfreeError
+from padfree_patch import DataCollatorForCompletionOnlyLM, DataCollatorWithFlattening, PackedSequences, PadfreeError
 from padfree_patch.batch.boundaries import Jump
 from padfree_patch.batch.packed_batch import read_batch
 
@@ -82,3 +82,14 @@ def test_collator_keeps_positions_that_are_named_a_field_of_tokens():
     batch = collator([example, example])
     assert torch.equal(batch["position_ids"], TWO)
     assert read(batch["position_ids"], packed_sequences=batch["packed_sequences"]).sequences.lengths == (8, 8)
+    padded = DataCollatorWithFlattening(token_fields=["position_ids"], pad_to_multiple_of=24)([example, example])
+    assert padded["position_ids"].tolist() == [[*TWO[0].tolist(), *range(8)]]
+    assert read(padded["position_ids"], packed_sequences=padded["packed_sequences"]).sequences.lengths == (8, 8, 8)
+
+
+def test_completions_keep_positions_that_are_named_a_field_of_tokens():
+    example = {"input_ids": [1, 9, *range(2, 8)], "position_ids": POSE[0].tolist(), "seq_lengths": [8]}
+    collator = DataCollatorForCompletionOnlyLM([9], padding_free=True, token_fields=["position_ids"])
+    assert torch.equal(collator([example, example])["position_ids"], TWO)
+    with pytest.raises(PadfreeError, match="example 0: position_ids jump ahead"):
+        DataCollatorForCompletionOnlyLM([9], padding_free=True)([example])

@@ -151,6 +151,8 @@ def test_lengths_and_padding_are_read_together():
         ({"cu_seq_lens_q": [0, 2, 6], "max_length_k": 3}, "max_length is 3, but the longest sequence has 4"),
         ({"packed_sequences": (2, 4), "cu_seq_lens_q": [0, 3, 6]}, "packed_sequences and cu_seq_lens_q disagree"),
         ({"packed_sequences": (2, 4), "max_length_q": 3}, "max_length_q is 3, but the longest sequence has 4"),
+        ({"packed_sequences": (2, 4), "max_length_q": torch.tensor([3])}, "max_length_q is too small: the longest"),
+        ({"packed_sequences": (2, 4), "max_length_q": torch.tensor([9.0])}, "max_length_q must be an integer"),
         ({"packed_sequences": [2, 4]}, "packed_sequences must be PackedSequences, found list"),
     ],
 )

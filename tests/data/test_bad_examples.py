@@ -74,6 +74,11 @@ def test_arguments_that_mean_nothing_are_errors(options, message):
         DataCollatorWithFlattening(**options)
 
 
+def test_separator_of_one_call_is_checked_too():
+    with pytest.raises(PadfreeError, match="separator_id must be a whole number, found 'x'"):
+        DataCollatorWithFlattening()([{"input_ids": [1]}], separator_id="x")
+
+
 def test_unknown_return_tensors_is_refused():
     with pytest.raises(PadfreeError, match="return_tensors='tf'"):
         DataCollatorWithFlattening("tf")([{"input_ids": [1]}])
@@ -87,6 +92,8 @@ def test_unknown_return_tensors_is_refused():
         ({"cu_seq_lens_q": [0, 2]}, r"example 0 has 3 tokens, but cu_seq_lens_q say \[2\]"),
         ({"cu_seq_lens_q": [1, 4]}, "cu_seqlens start at 1, not at 0"),
         ({"seq_lengths": [5, -2]}, "sequence 1 has length -2"),
+        ({"packed_sequences": [1, 2]}, "example 0: packed_sequences must be PackedSequences, found list"),
+        ({"seq_lengths": [1, 2], "label_ids": [-2, -1]}, r"seq_lengths say \[1, 2\] and label_ids say \[2, 1\]"),
         ({"seq_lengths": [1, 2], "position_ids": [0, 1, 0]}, r"seq_lengths say \[1, 2\] and position_ids say \[2, 1\]"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from padfree_patch import DataCollatorForCompletionOnlyLM, PadfreeError, apply
-from padfree_patch.testing import examples
+from padfree_patch.testing import SyncCounter, examples
 
 pytestmark = pytest.mark.versions
 
@@ -87,7 +87,7 @@ def test_lengths_have_trls_shapes():
         assert flat[f"cu_seq_lens_{end}"].tolist() == [[0, 8, 14]]
         assert flat[f"cu_seq_lens_{end}"].dtype == torch.int32
         assert flat[f"max_length_{end}"].tolist() == [8]
-    assert "packed_sequences" not in flat
+    assert flat["packed_sequences"].lengths == (8, 6)
     assert set(collate(["A:x"], padding_free=True, return_flash_attn_kwargs=False)) == {
         "input_ids",
         "labels",
@@ -102,7 +102,10 @@ def test_lengths_of_trls_shapes_pass_through_a_patched_model(llama):
     with torch.no_grad():
         alone = torch.cat([llama(input_ids=ids).logits for ids in batch["input_ids"].split([6, 10, 2], dim=1)], dim=1)
         apply(llama)
-        torch.testing.assert_close(llama(**batch).logits, alone)
+        with SyncCounter() as syncs:
+            packed = llama(**batch).logits
+        assert syncs.total == 0
+        torch.testing.assert_close(packed, alone)
         assert not torch.allclose(llama(input_ids=batch["input_ids"]).logits, alone)  # the control
 
 
@@ -114,7 +117,8 @@ def test_an_example_may_be_its_tokens_alone(padding_free):
     expected = collator([{"input_ids": each} for each in ids])
     for features in (ids, [torch.tensor(each) for each in ids], iter(ids)):
         found = collator(features)
-        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        assert found.pop("packed_sequences") == expected["packed_sequences"] if padding_free else True
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def test_a_subclass_extends_torch_call():
@@ -175,6 +179,17 @@ def test_completions_in_a_row_of_a_multiple():
     batch = DataCollatorForCompletionOnlyLM([7], padding_free=True, pad_to_multiple_of=8)([{"input_ids": [1, 7, 3]}])
     assert batch["input_ids"].shape == (1, 8)
     assert batch["labels"].tolist() == [[-100, -100, 3, -100, -100, -100, -100, -100]]
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_fields_that_a_padded_batch_leaves_out_are_named(padding_free):
+    tokenizer, row = types.SimpleNamespace(pad_token_id=0), {"input_ids": [1, 7, 3], "weight": [1.0] * 3}
+    collator = DataCollatorForCompletionOnlyLM([7], tokenizer=tokenizer, padding_free=padding_free)
+    with pytest.warns(
+        UserWarning, match="leaves out weight: .* in token_fields=" if padding_free else "leaves out weight: choose"
+    ):
+        assert "weight" not in collator([row])
+    collator([row])  # a second warning would be an error
 
 
 def test_padding_that_is_there_already_is_not_trained():

@@ -13,7 +13,7 @@ import pytest
 
 from padfree_patch import DataCollatorWithFlattening, PadfreeError, pack_dataset, plan_packing
 
-BOUNDARIES = ("position_ids", "seq_idx", "attention_mask", "seq_lengths")
+BOUNDARIES = ("position_ids", "seq_idx", "attention_mask", "seq_lengths", "label_ids")
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,8 @@ BOUNDARIES = ("position_ids", "seq_idx", "attention_mask", "seq_lengths")
         ("attention_mask", [[1, 1, 1], [1, 0]], "example 1 is padded"),
         ("attention_mask", [[1, 1, 2], [1, 1]], "example 0 holds several examples"),
         ("position_ids", [[0, 1, 2], [0, 0]], "example 1 holds several examples"),
+        ("position_ids", [[0, 1, 9], [0, 1]], r"example 0 .* or jumps \(its position_ids do not go up by one\)"),
+        ("label_ids", [[5, 5, 5], [5, 5]], "packed rows say in label_ids where their examples end: rename"),
         ("input_ids", [[1, 2, 3], []], "example 1 has 0 tokens"),
         ("input_ids", [[1, 2, 3], [4, None]], "example 1 has a null among its input_ids"),
         ("labels", [[1, None, 3], [4, 5]], "example 0 has a null among its labels"),
@@ -218,7 +220,53 @@ def test_packed_rows_cannot_lose_where_their_examples_end(later):
     rows = changed["train"] if later == "train_test_split" else changed
     with pytest.raises(PadfreeError, match="left would be input_ids, labels, and each row would be one text"):
         rows.remove_columns(list(BOUNDARIES))
-    with pytest.raises(PadfreeError, match="pass remove_unused_columns=False, or apply"):
+    with pytest.raises(PadfreeError, match="would be one text: keep one of them"):
         rows.select_columns(["input_ids"])
     assert rows.remove_columns(list(BOUNDARIES[1:])).column_names == ["input_ids", "labels", "position_ids"]
     assert rows.select_columns(["labels"]).column_names == ["labels"]  # the control: no tokens, so no text
+
+
+def test_rows_of_another_tokens_column_cannot_lose_where_their_examples_end():
+    packed = pack_dataset(dataset_of([5, 3, 7]).rename_column("input_ids", "tokens"), 8, column="tokens")
+    for rows in (packed, packed.select([0]), packed.rename_column("tokens", "input_ids")):
+        with pytest.raises(PadfreeError, match="would lose the columns that say where their examples end"):
+            rows.remove_columns(list(BOUNDARIES))
+
+
+def saved(rows, folder):
+    rows.save_to_disk(str(folder))
+    return datasets.load_from_disk(str(folder))
+
+
+def parquet(rows, folder):
+    rows.to_parquet(str(folder / "rows.parquet"))
+    return datasets.Dataset.from_parquet(str(folder / "rows.parquet"), cache_dir=str(folder))
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        saved,
+        parquet,
+        lambda rows, _: rows.map(lambda row: {"more": 1}),
+        lambda rows, _: datasets.concatenate_datasets([rows, rows]),
+        lambda rows, _: rows.with_format("torch"),
+        lambda rows, _: rows.to_iterable_dataset(),
+    ],
+    ids=["saved", "parquet", "map", "concatenate", "torch", "iterable"],
+)
+def test_what_every_trainer_keeps_says_where_examples_end(tmp_path, later):
+    """`label_ids` is the one name beside the labels that no Trainer removes, whatever the model's forward names."""
+    packed = pack_dataset(dataset_of([5, 3, 7]), 8)
+    found = list(later(packed, tmp_path))[1]
+    batch = DataCollatorWithFlattening()([{name: found[name] for name in ("input_ids", "labels", "label_ids")}])
+    assert batch["position_ids"].tolist() == [[*range(5), *range(3)]]
+    alone = DataCollatorWithFlattening()([{"input_ids": found["input_ids"]}])  # the control
+    assert alone["position_ids"].tolist() == [[*range(8)]]
+
+
+@pytest.mark.parametrize("labels", [[-100] * 3, [1, 1, 1], [-1, -1], 1], ids=str)
+def test_label_ids_of_others_are_named_as_left_out(labels):
+    with pytest.warns(UserWarning, match="leaves out label_ids"):
+        batch = DataCollatorWithFlattening()([{"input_ids": [1, 2, 3], "label_ids": labels}])
+    assert batch["position_ids"].tolist() == [[0, 1, 2]]

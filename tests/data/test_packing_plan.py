@@ -227,6 +227,19 @@ def test_a_pass_after_a_complete_one_is_of_the_next_epoch():
     assert list(sampler) == list(told) != first
 
 
+def test_whoever_takes_as_many_batches_as_there_are_gets_the_next_epoch_too():
+    """As Trainers from 4.46 on, which never come back for more. Epochs of a small window differ in their batches."""
+    sampler, told = (TokenBudgetBatchSampler(uneven_lengths(300), max_tokens=600, window=20) for _ in range(2))
+    counts = set()
+    for epoch in range(4):
+        told.set_epoch(epoch)
+        assert len(sampler) == len(told)
+        counts.add(len(sampler))
+        batches = iter(sampler)
+        assert [next(batches) for _ in range(len(sampler))] == list(told)
+    assert len(counts) > 1  # the control: another epoch's number would be another one
+
+
 def test_window_must_hold_an_example():
     with pytest.raises(PadfreeError, match="window must be a whole number, 1 or more, found 0"):
         TokenBudgetBatchSampler([1], max_tokens=2, window=0)

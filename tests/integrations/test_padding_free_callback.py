@@ -6,8 +6,9 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from padfree_patch import (
     DataCollatorWithFlattening,
@@ -16,6 +17,7 @@ from padfree_patch import (
     TokenBudgetBatchSampler,
     apply,
 )
+from padfree_patch.integrations import figures
 from padfree_patch.testing import SyncCounter
 
 pytestmark = pytest.mark.versions
@@ -104,16 +106,16 @@ def test_padding_to_a_multiple_is_no_second_sequence(patched, tmp_path):
     trainer.train()
     (log,) = (each for each in trainer.state.log_history if "loss" in each)
     assert log["sequences_per_row"] == 8 and log["longest_row"] == 64
-    assert log["padding_saved"] == pytest.approx(1 - sum(LENGTHS) / (8 * 15), abs=1e-4)  # 64 - 49 is the longest
+    assert log["padding_saved"] == pytest.approx(1 - sum(LENGTHS) / (8 * 12), abs=1e-4)
 
 
 def test_evaluations_are_no_training_time(patched, tmp_path):
     class Slow(TrainerCallback):
         def on_prediction_step(self, *args, **kwargs):
-            time.sleep(1)
+            time.sleep(0.5)
 
     trainer = trainer_of(patched, tmp_path, num_train_epochs=2, callbacks=[PaddingFreeCallback(), Slow()])
-    trainer.eval_dataset = trainer.train_dataset[:2]
+    trainer.eval_dataset = {"one": trainer.train_dataset[:2], "two": trainer.train_dataset[2:4]}
 
     class Evaluate(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -124,7 +126,67 @@ def test_evaluations_are_no_training_time(patched, tmp_path):
     logs = trainer.state.log_history
     assert not any("tokens_per_second" in each for each in logs if "eval_loss" in each)
     speeds = [each["tokens_per_second"] for each in logs if "loss" in each]
-    assert len(speeds) == 4 and min(speeds) > 49  # a row has 24 tokens, and its evaluation takes a second
+    assert len(speeds) == 4 and min(speeds) > 49  # a row has 24 tokens, and its evaluations take a second
+
+
+def test_examples_without_labels_are_no_padding(patched, tmp_path):
+    """The last example of every row is all prompt."""
+
+    def collator(features):
+        features = [
+            {**each, "labels": [-100] * len(each["input_ids"]) if i else each["input_ids"]}
+            for i, each in enumerate(features)
+        ]
+        return DataCollatorWithFlattening()(features)
+
+    options = {"batch_size": 2, "collator": collator, "max_steps": 4}
+    trainer = trainer_of(patched, tmp_path, callbacks=[PaddingFreeCallback(patience=3)], **options)
+    trainer.train()
+    assert all(each["sequences_per_row"] == 2 for each in trainer.state.log_history if "loss" in each)
+
+
+def test_padding_that_a_mask_shows_is_no_sequence(patched):
+    callback = PaddingFreeCallback()
+    callback.on_train_begin(None, None, None, model=patched.train())
+    mask, positions = torch.tensor([[1, 1, 1, 1, 1, 0, 0]]), torch.tensor([[0, 1, 0, 1, 2, 0, 0]])
+    patched(input_ids=positions + 5, position_ids=positions, attention_mask=mask)
+    arguments, logs = TrainingArguments("out", use_cpu=True, report_to=[]), {"loss": 1.0, "learning_rate": 0.1}
+    callback.on_log(arguments, TrainerState(), None, logs=logs)
+    assert logs["sequences_per_row"] == 2 and logs["tokens_per_second"] > 0
+    callback.on_train_end(None, None, None)
+
+
+def test_a_model_that_is_patched_during_or_after_the_run_is_patched(llama):
+    batch = DataCollatorWithFlattening()([{"input_ids": [1, 2]}, {"input_ids": [3]}])
+    callback = PaddingFreeCallback()
+    callback.on_train_begin(None, None, None, model=llama.train())
+    with pytest.raises(PadfreeError, match="not patched"):
+        llama(**batch)
+    assert not llama._forward_pre_hooks
+    callback.on_train_begin(None, None, None, model=llama)
+    apply(llama)(**batch)  # the hook is still there
+    callback.on_train_end(None, None, None)
+
+
+def test_all_processes_must_have_the_callback(llama, monkeypatch):
+    """Both ranks of a run, which take turns here: the sums of rank 0 alone would wait for ever."""
+    store, rank = dist.HashStore(), 0
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(figures, "MOST_SECONDS", 0.1)
+    with pytest.raises(
+        PadfreeError, match=r"over all 2 processes, but only 1 began the training with one within 0\.1 s"
+    ):
+        PaddingFreeCallback().on_train_begin(None, None, None, model=llama)
+    assert not llama._forward_pre_hooks
+    rank = 1
+    PaddingFreeCallback().on_train_begin(None, None, None, model=llama)  # the control
+    with pytest.raises(PadfreeError, match="only 1 began"):
+        PaddingFreeCallback().on_train_begin(None, None, None, model=llama)  # rank 1 alone, in the next training
+    with pytest.raises(PadfreeError, match="with the same patience"):
+        PaddingFreeCallback(patience=3).on_train_begin(None, None, None, model=llama)
 
 
 def test_packed_rows_for_an_unpatched_model_are_an_error(llama, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -88,7 +90,8 @@ def test_packed_data_set_keeps_its_boundaries_whatever_forward_names(llama, tmp_
     assert abs(mixed.losses[0] - expected.losses[0]) > 1e-3
 
 
-def test_packed_data_set_for_a_forward_that_takes_no_boundaries_is_an_error(llama, tmp_path):
+@pytest.mark.parametrize("later", ["as it is", "saved", "iterable"])
+def test_packed_data_set_keeps_its_boundaries_for_a_forward_that_takes_none(llama, tmp_path, later):
     """A module of one's own around a patched model, of which the Trainer sees nothing but its own forward."""
     import datasets
 
@@ -100,11 +103,29 @@ def test_packed_data_set_for_a_forward_that_takes_no_boundaries_is_an_error(llam
         def forward(self, input_ids=None, labels=None, **kwargs):
             return self.model(input_ids=input_ids, labels=labels, **kwargs)
 
+    def losses(dataset, **options):
+        trainer = trainer_of(
+            Around(copy.deepcopy(llama)), tmp_path, flattening(), dataset=dataset, max_steps=1, **options
+        )
+        trainer.train()
+        return [each["loss"] for each in trainer.state.log_history if "loss" in each]
+
     packed = pack_dataset(datasets.Dataset.from_list(data()), 24)
-    around = Around(apply(llama))
-    with pytest.raises(PadfreeError, match="left would be input_ids, and each row would be one text"):
-        trainer_of(around, tmp_path, flattening(), dataset=packed).train()
-    trainer_of(around, tmp_path, flattening(), dataset=packed, remove_unused_columns=False).train()
+    apply(llama)
+    expected = losses(packed, remove_unused_columns=False)
+    if later == "saved":
+        packed.save_to_disk(str(tmp_path / "rows"))
+        packed = datasets.load_from_disk(str(tmp_path / "rows"))
+    found = losses(packed.to_iterable_dataset() if later == "iterable" else packed)
+    if later == "iterable":  # in their order
+        expected = losses(packed.to_iterable_dataset(), remove_unused_columns=False)
+    assert found == pytest.approx(expected, abs=1e-5)
+    mixed = losses(
+        packed.remove_columns("label_ids")
+        if later == "saved"
+        else datasets.Dataset.from_dict({"input_ids": packed["input_ids"]})
+    )
+    assert abs(mixed[0] - expected[0]) > 1e-3  # the control
 
 
 def test_training_on_completions_only_is_the_padded_one(llama, tmp_path, measured):
