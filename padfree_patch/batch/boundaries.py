@@ -7,13 +7,14 @@ Letters: B rows in the batch, T tokens in a row. A boundary is where a position 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import PadfreeError
-from .host import Values, check_whole, host_pair, host_values
+from .host import Values, check_whole, host_together, host_values
 
 _REMEDY = "give whole positions as integers, or say by lengths or segment numbers where examples end"
 
@@ -60,10 +61,36 @@ def read_tensors(position_ids: Tensor | None, mask: Tensor | None, *, left_padde
         return Reading(_run_lengths(_segment_changes(check_whole(segments, mask.dtype, "attention_mask"))))
     if mask is None:
         return _read_positions(_whole_positions(host_values(position_ids), position_ids.dtype), left_padded=left_padded)
-    positions, segments = host_pair(position_ids, mask)
+    positions, segments = host_together(position_ids, mask)
     if _numbers_segments(segments):
         return _read_segments(positions, check_whole(segments, mask.dtype, "attention_mask"))
     return _read_padded(_whole_positions(positions, position_ids.dtype), segments)
+
+
+def read_beside_lengths(numbers: Tensor, positions: Tensor | None, mask: Tensor) -> Reading | None:
+    """Returns the sequences of a batch whose lengths were given, or None if it is an ordinary one. One device sync.
+
+    Args:
+        numbers: int64 (B, T), from 1 on: the number of the given sequence that a token belongs to.
+        positions: (B, T) or None; those of real tokens go up inside a sequence.
+        mask: (B, T), 0/1 or segment numbers. Its padding may stand at either end of a given sequence, or be one.
+
+    Raises PadfreeError if the mask has another segment where no sequence begins, or none where one does, or padding
+    between two tokens of a sequence.
+    """
+    numbered, segments, *given = host_together(*(each for each in (numbers, mask, positions) if each is not None))
+    real = segments != 0
+    between = _neighbours(real)
+    same = between.keep(numbered)
+    if has_segments := _numbers_segments(segments):
+        _check_segments(check_whole(segments, mask.dtype, "attention_mask"), between, same)
+    goes_on = between.goes_on(given[0]) if given else np.ones_like(same)
+    if not has_segments and same.all() and goes_on.all():
+        return None
+    if not has_segments:
+        _check_padding(segments, between, same)
+    alone = np.where(real, numbered, 0)
+    return Reading(_run_lengths(alone[:, 1:] != alone[:, :-1]), steps_by_one=bool((goes_on | ~same).all()))
 
 
 def lengths_of_positions(position_ids: Tensor) -> list[int]:
@@ -197,23 +224,54 @@ def _read_padded(positions: Values, mask: Values) -> Reading | None:
     The left-padded rows of generate (positions 1,1,0,1,2 with mask 0,0,1,1,1) restart only in the padding: ordinary.
     """
     breaks, real = _breaks(positions), mask != 0
-    packed = False
-    holes: list[tuple[int, int]] = []
-    for row, (position, is_real) in enumerate(zip(positions, real)):
-        tokens = np.flatnonzero(is_real)
-        step, gap = np.diff(position[tokens]), np.diff(tokens)
-        goes_on = (step == 1) | (step == gap)  # over a hole, positions count real tokens or all of them
-        packed |= not goes_on.all()
-        holes += [(row, int(tokens[i])) for i in np.flatnonzero(goes_on & (gap > 1))]
-    if not packed:
+    between = _neighbours(real)
+    goes_on = between.goes_on(positions)
+    if goes_on.all():
         return None
-    _check_padding(mask, holes)
+    _check_padding(mask, between, goes_on)
     real_change, both_real = real[:, 1:] != real[:, :-1], real[:, 1:] & real[:, :-1]
     lengths = _run_lengths((breaks & both_real) | real_change)
     return Reading(lengths, _first_jump(positions, breaks & both_real))
 
 
-def _check_padding(mask: Values, holes: list[tuple[int, int]]) -> None:
+class _Neighbours(NamedTuple):
+    """Pairs of real tokens of a row with nothing but padding between them."""
+
+    row: Values
+    first: Values
+    second: Values
+
+    def keep(self, values: Values) -> Values:
+        """Returns where both have the same value."""
+        same: Values = values[self.row, self.first] == values[self.row, self.second]
+        return same
+
+    def goes_on(self, positions: Values) -> Values:
+        """Returns where positions go on. Over padding, they count real tokens or all of them."""
+        step = positions[self.row, self.second] - positions[self.row, self.first]
+        return (step == 1) | (step == self.second - self.first)
+
+
+def _neighbours(real: Values) -> _Neighbours:
+    rows, tokens = np.nonzero(real)
+    in_row = rows[1:] == rows[:-1]
+    return _Neighbours(rows[1:][in_row], tokens[:-1][in_row], tokens[1:][in_row])
+
+
+def _check_segments(segments: Values, between: _Neighbours, same: Values) -> None:
+    """Raises PadfreeError unless real tokens have the same segment number where they are of the same given sequence."""
+    _segment_changes(segments)
+    wrong = np.flatnonzero(between.keep(segments) != same)
+    if len(wrong):
+        row, first, second = (int(each[wrong[0]]) for each in between)
+        raise PadfreeError(
+            f"attention_mask and the given lengths disagree in row {row} between tokens {first} and {second}: segments "
+            f"{segments[row, first]}, {segments[row, second]}, but by the lengths "
+            f"{'both are of one sequence' if same[wrong[0]] else 'another sequence begins'}"
+        )
+
+
+def _check_padding(mask: Values, between: _Neighbours, goes_on: Values) -> None:
     """Raises PadfreeError unless the 0/1 mask of a packed batch shows padding, and that outside all sequences."""
     odd = np.argwhere((mask != 0) & (mask != 1))
     if len(odd):
@@ -222,11 +280,11 @@ def _check_padding(mask: Values, holes: list[tuple[int, int]]) -> None:
             f"attention_mask of a packed batch: {mask[row, token]:g} (row {row}, token {token}); it must be 0 for "
             "padding and 1 for tokens, or hold segment numbers from 1 on"
         )
-    if holes:
-        row, token = holes[0]
+    holes = np.flatnonzero(goes_on & (between.second > between.first + 1))
+    if len(holes):
         raise PadfreeError(
-            f"attention_mask has a 0 inside a sequence of a packed batch: row {row}, after token {token}, "
-            "where the positions go on; padding can only stand before or after a sequence"
+            f"attention_mask has a 0 inside a sequence of a packed batch: row {between.row[holes[0]]}, after token "
+            f"{between.first[holes[0]]}, where the example goes on; padding can only stand before or after a sequence"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,12 +26,11 @@ def exceeds(tensor: Tensor, limit: int) -> bool:
     return bool((_widened(tensor) > limit).any())
 
 
-def host_pair(first: Tensor, second: Tensor) -> tuple[Values, Values]:
-    """Returns the values of two tensors of one shape, which come to the host together. One device sync."""
-    wide = [_widened(each) for each in (first, second)]
-    dtype = torch.promote_types(*(each.dtype for each in wide))
-    pair = host_values(torch.stack([each.to(dtype) for each in wide]))
-    return pair[0], pair[1]
+def host_together(*tensors: Tensor) -> list[Values]:
+    """Returns the values of tensors of one shape, which come to the host together. One device sync."""
+    wide = [_widened(each) for each in tensors]
+    dtype = functools.reduce(torch.promote_types, (each.dtype for each in wide))
+    return list(host_values(torch.stack([each.to(dtype) for each in wide])))
 
 
 def values_on_cpu(tensor: Tensor) -> Values | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import versions
 from ..errors import PadfreeError
-from .boundaries import Jump, Reading, read_tensors
+from .boundaries import Jump, Reading, read_beside_lengths, read_tensors
 from .cache import MISSING, LastUsed, own_key
 from .host import host_values, is_whole, values_on_cpu
 from .lengths import Lengths, begins_of, check_positions, sequences_of
@@ -154,6 +154,22 @@ def batch_at_layer(
     return known
 
 
+def batch_of_copy(batch: PackedBatch, position_ids: Tensor | None) -> PackedBatch | None:
+    """Returns a batch as it is for a decoder that is handed a copy of its positions, perhaps on another device.
+
+    None if they are other ones. One device sync, unless they are the batch's own tensor.
+    """
+    own = batch.position_ids
+    if position_ids is None or position_ids.shape != own.shape:
+        return None
+    if own_key(position_ids) == own_key(own):
+        return batch
+    if not torch.equal(position_ids.to(own.device, own.dtype), own):
+        return None
+    sequences, shape = batch.sequences.to(position_ids.device), (own.shape[0], own.shape[1])
+    return _kept(sequences, position_ids, shape, steps_by_one=batch.steps_by_one, jump=batch.jump)
+
+
 def _from_tensors(
     shape: tuple[int, int], device: torch.device, positions: Tensor | None, mask: Tensor | None, *, left_padded: bool
 ) -> PackedBatch | None:
@@ -169,9 +185,9 @@ def _from_lengths(
     sequences = sequences_of(lengths, shape, device)
     if positions is not None:
         check_positions(positions, sequences, mask)
-    if mask is not None:  # its padding, or its segments, are read beside the lengths
-        found = read_tensors(sequences.position_ids().view(shape), mask)
-        return _packed(found and dataclasses.replace(found, steps_by_one=None), positions, shape, device)
+    if mask is not None:
+        numbers = begins_of(sequences, shape, mask.device).view(-1).cumsum(0).view(shape)
+        return _packed(read_beside_lengths(numbers, positions, mask), positions, shape, device)
     one_per_row = sequences.kernel_cu_seqlens().numel() == shape[0] + 1 and sequences.max_seqlen == shape[1]
     steps_by_one = _steps_by_one(positions, sequences, certainly=one_per_row)
     if one_per_row and steps_by_one:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..batch.packed_batch import PackedBatch
 from ..errors import PadfreeError
 from ..models import is_transformers_model
 from ..registry import Patch, registry
@@ -30,8 +31,8 @@ _ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, Ass
 class Answers:
     """The attention modules that have answered since a packed forward of a model began."""
 
-    def __init__(self, model: nn.Module, outer: Answers | None):
-        self.model, self.outer = model, outer
+    def __init__(self, model: nn.Module, batch: PackedBatch, outer: Answers | None):
+        self.model, self.batch, self.outer = model, batch, outer
         self.modules: set[nn.Module] = set()
 
 
@@ -44,12 +45,14 @@ def note_answer(module: nn.Module) -> None:
 
 
 @contextmanager
-def answering(model: nn.Module) -> Iterator[None]:
+def answering(model: nn.Module, batch: PackedBatch) -> Iterator[None]:
     """Runs a packed forward of a decoder, or of a model around one, and checks on leaving it that it was answered.
+
+    A decoder inside finds the batch again, if it is handed a copy of the positions.
 
     Raises PadfreeError that names who did not answer, and what was replaced since `apply`.
     """
-    mine = _begin(model)
+    mine = _begin(model, batch)
     try:
         yield
     except PadfreeError:
@@ -63,8 +66,8 @@ def answering(model: nn.Module) -> Iterator[None]:
 
 
 @torch.compiler.disable
-def _begin(model: nn.Module) -> Answers:
-    under_way.answers = Answers(model, under_way.answers)
+def _begin(model: nn.Module, batch: PackedBatch) -> Answers:
+    under_way.answers = Answers(model, batch, under_way.answers)
     return under_way.answers
 
 

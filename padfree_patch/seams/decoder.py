@@ -42,7 +42,7 @@ def answer(call: Call) -> Any:
     if batch is None:
         return proceed(call)
     calls_rotary = any(depends_on_length(child) for child in call.module.children())
-    with answering(call.module), running(batch=batch) if calls_rotary else nullcontext():
+    with answering(call.module, batch), running(batch=batch) if calls_rotary else nullcontext():
         return call.proceed()
 
 

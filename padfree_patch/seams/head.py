@@ -42,8 +42,8 @@ def _shown(head: nn.Module) -> tuple[str, ...]:
 
 
 def answer(call: Call) -> Any:
-    around = found_ordinary(call) if _prepare(call) is None else answering(call.module)
-    with around:
+    batch = _prepare(call)
+    with found_ordinary(call) if batch is None else answering(call.module, batch):
         return proceed(call)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters import adapters_of, check_adapters
 from ..batch.lengths import LENGTH_ARGUMENTS
-from ..batch.packed_batch import PackedBatch, read_batch
+from ..batch.packed_batch import PackedBatch, batch_of_copy, read_batch
 from ..errors import PadfreeError
 from ..wrapping.call import Call, takes_unnamed
 from ..wrapping.opt_in import OptIn
@@ -91,7 +91,7 @@ def take_batch(call: Call) -> PackedBatch | None:
     lengths = _take_lengths(call.arguments)
     if not lengths and is_found_ordinary(call):
         return None
-    batch = _read(call, lengths)
+    batch = (None if lengths else _handed_on(call)) or _read(call, lengths)
     if batch is None:
         return None
     _check_result(call)
@@ -104,6 +104,18 @@ def take_batch(call: Call) -> PackedBatch | None:
     if call.takes("use_cache"):
         call.arguments["use_cache"] = False
     return batch
+
+
+def _handed_on(call: Call) -> PackedBatch | None:
+    """Returns the batch of the packed forward that calls this one, if this one is handed a copy of its positions.
+
+    What else said where examples end, and may win over the positions, was taken out of the call.
+    """
+    positions = call.arguments.get("position_ids")
+    if under_way.answers is None or not isinstance(positions, Tensor):
+        return None
+    with reading():
+        return batch_of_copy(under_way.answers.batch, positions)
 
 
 def _is_upstreams(call: Call) -> bool:

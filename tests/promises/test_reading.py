@@ -127,6 +127,30 @@ def test_lengths_and_segment_numbers_win_over_jumps(plain, patched, rows):
                 conformance.assert_logits_close(patched(**batch, **said).logits, alone.repeat(1, rows, 1))
 
 
+def hand_on_copies(module, args, kwargs):
+    return args, {**kwargs, "position_ids": kwargs["position_ids"].clone()}
+
+
+def test_what_wins_over_a_jump_is_not_lost_on_the_way_to_the_decoder(plain, patched):
+    """The head takes it out of the call, and the decoder is handed a copy of the positions, as some hooks do."""
+    text, positions = BATCH["input_ids"], torch.tensor([[0, 1, 2, 3, 4, 5, 50, 51, 52]])
+    ones = torch.ones_like(text)
+    with torch.inference_mode():
+        alone = result(plain, input_ids=text, position_ids=positions, attention_mask=ones)
+        if isinstance(alone, str):
+            pytest.skip(f"upstream can't: {alone}")
+        lengths = {"packed_sequences": PackedSequences.from_lengths([9])}
+        for copies in (False, True):
+            if copies:
+                patched.model.register_forward_pre_hook(hand_on_copies, with_kwargs=True)
+            for said in (lengths, {**lengths, "attention_mask": ones}, {"attention_mask": ones + 1}):
+                found = patched(input_ids=text, position_ids=positions, **said).logits
+                conformance.assert_logits_close(found, alone)
+        with pytest.warns(UserWarning, match="jumps ahead"):  # the control: of the positions alone it is two texts
+            cut = patched(input_ids=text, position_ids=positions).logits
+    assert (cut - alone).abs().max() > 0.01
+
+
 def test_positions_and_labels_of_bytes_are_right(make, plain, patched):
     batch = {"input_ids": BATCH["input_ids"], "position_ids": BATCH["position_ids"].to(torch.uint8)}
     with torch.no_grad():

@@ -115,8 +115,8 @@ def test_mask_builder_that_returns_nothing_is_named(model, batch, alone, monkeyp
 @contextlib.contextmanager
 def unchecked(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("padfree_patch.seams.decoder.answering", lambda model: contextlib.nullcontext())
-        patch.setattr("padfree_patch.seams.head.answering", lambda model: contextlib.nullcontext())
+        patch.setattr("padfree_patch.seams.decoder.answering", lambda *_: contextlib.nullcontext())
+        patch.setattr("padfree_patch.seams.head.answering", lambda *_: contextlib.nullcontext())
         yield
 
 
