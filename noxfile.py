@@ -153,14 +153,15 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session
 def canary(session: nox.Session) -> None:
-    """Conformance, patching, the Trainer and TRL on the newest releases that the index has; not part of CI."""
+    """Conformance, patching, the Trainer, PEFT and TRL on the newest releases of the index; not part of CI."""
     newest = ["transformers", "accelerate", "peft", "trl", "datasets"]
-    session.install("--upgrade", "-e", ".[test]", TORCH, BITSANDBYTES, *newest)
+    session.install("--upgrade", "-e", ".[test]", TORCH, BITSANDBYTES, "scikit-learn", *newest)
     session.run("uv", "pip", "list", external=True)
     folders = ["tests/patching", "tests/seams", "tests/integrations"]
     files = [*folders, "tests/promises/test_exactness.py", "tests/promises/test_adapters.py"]
     session.run("pytest", "-n2", *(session.posargs or files), "-W", "default", env=ALONE)
     session.run("pytest", str(OWN_PROCESS / "trl_checks.py"), "-W", "default", env=ALONE)
+    session.run("python", "tools/peft_methods.py", ".nox/peft-canary", env=ALONE)
 
 
 TRL = {"4.41.2": "trl==0.9.6", "4.43.4": "trl==0.9.6", "5.24.0": "trl==1.16.0"}
@@ -201,7 +202,7 @@ def trl(session: nox.Session, transformers: str) -> None:
 @nox.session
 @nox.parametrize("transformers", [nox.param(version, id=version) for version in VERSIONS])
 def peft(session: nox.Session, transformers: str) -> None:
-    """Every method of PEFT on a packed row; writes docs/peft.md."""
+    """Every method of PEFT on a packed row; once it has run on all versions, docs/peft.md is written."""
     session.install("-e", ".[test]", *pins(transformers), "scikit-learn")  # for AdaMSS
     session.run("python", "tools/peft_methods.py", ".nox/peft-methods", env={"HF_HUB_OFFLINE": "1"})
 
@@ -223,7 +224,7 @@ def _checks(session: nox.Session, file: str) -> None:
     session.run("pytest", *arguments, env={**ALONE, "DS_ACCELERATOR": "cpu"}, success_codes=[0, *none_chosen])
 
 
-EVERYWHERE = {"tests": VERSIONS, "trl": list(TRL), "flash_attn": FLASH_ATTN}
+EVERYWHERE = {"tests": VERSIONS, "trl": list(TRL), "peft": VERSIONS, "flash_attn": FLASH_ATTN}
 
 
 @nox.session(venv_backend="none")

@@ -2,7 +2,8 @@
 
 python tools/peft_methods.py FOLDER
 
-It writes what came of each method into a file in the folder, and docs/peft.md from all files there.
+It writes what came of each method into a file in the folder, and docs/peft.md from all files there, if they are of
+every PEFT of which that page tells.
 """
 
 from __future__ import annotations
@@ -221,7 +222,8 @@ def verdict(bench: Bench, order: str, alone: tuple[Tensor, dict[str, Tensor]]) -
         return {"said": f"refused: {str(refusal).splitlines()[0]}"}
     off = conformance.largest(logits - alone[0]) / conformance.largest(alone[0])
     norm = max(each.norm().item() for each in alone[1].values())
-    apart = max((gradients.get(name, 0) - each).norm().item() for name, each in alone[1].items()) / norm
+    names = gradients.keys() | alone[1].keys()  # one that only one of them has counts whole
+    apart = max(torch.norm(gradients.get(name, 0) - alone[1].get(name, 0)).item() for name in names) / norm
     right = off <= conformance.LOGIT_TOLERANCE and apart <= conformance.GRADIENT_TOLERANCE
     return {"said": EXACT if right else "WRONG", "logits": off, "gradients": apart}
 

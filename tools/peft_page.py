@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
 
 PAGE = Path(__file__).parents[1] / "docs" / "peft.md"
+
+SPARED = re.compile(r"^refused: \w+ (with \w+( \([^)]*\))?,? )?(which came after padfree_patch\.apply, )?")
 
 HEAD = """# PEFT's methods
 
@@ -39,13 +42,34 @@ share it into a row.
 """
 
 
-def write_page(folder: Path) -> None:
-    """Writes the page from the files in a folder."""
-    found = sorted((json.loads(path.read_text()) for path in folder.glob("*.json")), key=lambda e: Version(e["peft"]))
+def write_page(folder: Path, page: Path = PAGE) -> None:
+    """Writes the page from the files in a folder; not if it tells of a PEFT of which the folder has no file."""
+    found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    if missing := versions_on(page.read_text()) - {each["peft"] for each in found}:
+        print(f"left {page} as it is: {folder} has nothing of PEFT {', '.join(sorted(missing, key=Version))}")
+        return
+    page.write_text(text_of(found))
+    print(f"wrote {page}")
+
+
+def versions_on(text: str) -> set[str]:
+    """Returns the PEFTs of which a page tells."""
+    return set(re.findall(r"([\w.]+) \(transformers ", text))
+
+
+def rows_on(text: str) -> Iterator[tuple[str, str, set[str]]]:
+    """Yields method, outcome with `apply` before it, and PEFTs of each row of a page."""
+    for line in [line for line in text.splitlines() if line.startswith("| ")][1:]:
+        name, before, *_, versions = line.strip("| ").split(" | ")
+        yield name, before, set(versions.split(", "))
+
+
+def text_of(found: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the page, of what tools/peft_methods.py found on each PEFT."""
+    found = sorted(found, key=lambda each: Version(each["peft"]))
     beside = ", ".join(f"{each['peft']} (transformers {each['transformers']})" for each in found)
-    lines = list(_rows({each["peft"]: each["methods"] for each in found}))
-    PAGE.write_text(HEAD.replace("{versions}", beside) + "".join(f"{line}\n" for line in lines))
-    print(f"wrote {PAGE}: {len(lines)} rows")
+    lines = _rows({each["peft"]: each["methods"] for each in found})
+    return HEAD.replace("{versions}", beside) + "".join(f"{line}\n" for line in lines)
 
 
 def _rows(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -70,13 +94,10 @@ def _said(result: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _short(said: str) -> str:
-    """Leaves the model's class and the advice out of a refusal."""
-    if not said.startswith("refused: "):
-        return said
-    if "came after padfree_patch.apply" in said:
+    """Leaves the names of the model and the config, and the advice, out of a refusal."""
+    if "padfree_patch.apply, does not isolate" in said:
         return "refused, until `apply` is called again: it brings a decoder of its own"
-    reason = said.split("; ")[0].partition(" with ")[2].partition(" ")[2]
-    return f"refused: {reason}"
+    return SPARED.sub("refused: ", said).split("; ")[0].split(". ")[0].replace("|", "/")
 
 
 def _largest(figures: list[Mapping[str, float]], what: str) -> str:

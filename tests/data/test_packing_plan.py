@@ -261,6 +261,3 @@ def test_loader_makes_rows_within_the_budget():
     assert len(rows) == len(sampler)
     assert max(row["input_ids"].shape[1] for row in rows) <= 600
     assert sum(int((row["position_ids"] == 0).sum()) for row in rows) == 100
-
-
-BOUNDARIES = ("position_ids", "seq_idx", "attention_mask", "seq_lengths")
