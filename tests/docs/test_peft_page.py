@@ -30,7 +30,7 @@ from peft_page import PAGE, rows_on, text_of, versions_on, write_page
             "refused: fails too, on a call with one example: E()",
         ),
         (
-            "refused: PeftModel with AConfig, which came after padfree_patch.apply, does not isolate its examples; call",
+            "refused: PeftModel with AConfig, which came after padfree_patch.apply, does not isolate its examples; c",
             "refused, until `apply` is called again: it brings a decoder of its own",
         ),
     ],
