@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .batch.packed_batch import PackedBatch
 from .errors import PadfreeError
-from .models import is_transformers_model, pretrained_modules
+from .models import pretrained_modules
 from .wrapping.call import Call
 
 ENTRY_POINT_GROUP = "padfree_patch.patches"
@@ -122,37 +122,23 @@ def registry() -> Registry:
     return found
 
 
-def patch_for(model: nn.Module) -> Patch:
-    """Returns the patch for the outermost transformers model in `model`.
+def patch_for(model: nn.Module) -> Patch | None:
+    """Returns the patch that is registered for the outermost transformers model in `model`; None if none is.
 
-    Raises PadfreeError if there is none; names the class and lists what is supported.
+    Raises PadfreeError if there is no transformers model in it.
     """
-    supported = ", ".join(registry().model_types())
     if not isinstance(model, nn.Module):
-        raise PadfreeError(f"expected a transformers model, found {type(model).__name__}; supported: {supported}")
+        raise PadfreeError(f"expected a transformers model, found {type(model).__name__}")
+    return registry().get(model_type_of(model))
+
+
+def model_type_of(model: nn.Module) -> str:
+    """Returns the model type of the outermost transformers model in `model`.
+
+    Raises PadfreeError if there is none.
+    """
     models = pretrained_modules(model)
     if not models:
-        raise PadfreeError(
-            f"{type(model).__name__} is not a transformers model and holds none; supported model types: {supported}"
-        )
+        raise PadfreeError(f"{type(model).__name__} is not a transformers model and holds none")
     outermost: Any = models[0]
-    model_type = getattr(outermost.config, "model_type", None)
-    patch = registry().get(model_type)
-    if patch is None:
-        raise PadfreeError(
-            f"{type(outermost).__name__} (model type {model_type!r}) is not supported{_supported_inside(outermost)}; "
-            f"supported model types: {supported}. "
-            f"CONTRIBUTING.md adds one in five steps, here or in a package of yours (entry point {ENTRY_POINT_GROUP!r})"
-        )
-    return patch
-
-
-def _supported_inside(outermost: nn.Module) -> str:
-    """Says which supported model is in one that is not, as the language model of one that sees: for the error."""
-    for name, module in outermost.named_modules():
-        config = getattr(module, "config", None) if name and is_transformers_model(module) else None
-        if registry().get(getattr(config, "model_type", None)) is not None:
-            return (
-                f", but .{name} in it is; padfree_patch.apply(model.{name}) patches that {type(module).__name__} alone"
-            )
-    return ""
+    return str(getattr(outermost.config, "model_type", None))

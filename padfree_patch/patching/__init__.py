@@ -11,16 +11,15 @@ from typing import TypeVar
 from torch import nn
 
 from .. import attention, verification, versions
-from ..adapters import adapters_of
+from ..adapters import adapters_of, check_adapters
 from ..errors import PadfreeError
-from ..registry import Patch
-from ..seams.answers import patched_layers
+from ..registry import Patch, patch_for
 from ..seams.decoder import IMPLEMENTATIONS
 from ..wrapping.opt_in import OptIn
-from ..wrapping.seam import lock
 from .added_adapters import verify_added_adapters
 from .first_call import verify_at_first_call
-from .plan import Plan, plan
+from .found import apply_found
+from .plan import count_layers, opt_in, plan
 from .state import State, remove_unused
 
 __all__ = ["IMPLEMENTATIONS", "applied", "apply", "is_applied", "places", "restore"]
@@ -42,12 +41,17 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
     was made for, or the check finds that examples still mix (`LeakError`).
     """
     attention.check_name(backend)
-    planned = plan(model)
+    patch = patch_for(model)
+    check_adapters(model)
     before = State(model)
     try:
-        _opt_in(planned, list(before.opt_ins.values()), backend)
-        verified = verify and _verify(planned.patch, model)
-        _report_if_untested(planned.patch, verified=verified)
+        if patch is not None:
+            verified = _apply_patch(model, patch, before, backend, verify=verify)
+        else:
+            unchecked = apply_found(model, backend, verify=verify)
+            verified = unchecked is None
+            if unchecked:
+                _warn_unchecked(unchecked)
         _remember_adapters(model, verify=verify)
         _check_later(model, verify_at_first_call if verify and not verified else None)
     except BaseException:
@@ -86,20 +90,14 @@ def places(model: nn.Module) -> tuple[str, ...]:
     return tuple(sorted(str(seam) for seam in seams))
 
 
-def _opt_in(planned: Plan, before: list[OptIn], backend: str) -> None:
-    new = [module for module in planned.modules if OptIn.of(module) is None]
-    with lock:  # or another thread's restore could find the seams unused in between
-        # Before the seams: garbage that is collected in between takes out those that nobody needs.
-        opt_ins = [OptIn(planned.patch.model_type, backend, planned.seams) for _ in new]
-        for seam in planned.seams:
-            seam.install()
-        for module, opt_in in zip(new, opt_ins):
-            opt_in.attach(module)
-        for opt_in in before:
-            opt_in.backend, opt_in.seams = backend, planned.seams
-    for decoder in planned.modules:
-        if (opt_in_of_it := OptIn.of(decoder)) and planned.patch.is_decoder(decoder):
-            opt_in_of_it.layers = len(patched_layers(decoder, planned.patch))
+def _apply_patch(model: nn.Module, patch: Patch, before: State, backend: str, *, verify: bool) -> bool:
+    """Patches a model with a registered patch; returns whether it could be checked."""
+    planned = plan(model, patch)
+    opt_in(planned, before.opt_ins.values(), backend)
+    count_layers(planned, patch)
+    verified = verify and _verify(patch, model)
+    _report_if_untested(patch, verified=verified)
+    return verified
 
 
 def _remember_adapters(model: nn.Module, *, verify: bool) -> None:
@@ -148,15 +146,19 @@ def _verify(patch: Patch, model: nn.Module) -> bool:
             f"{versions.transformers_version()} (patch tested on {patch.transformers}); it was put back as it was"
         ) from error
     if reason := result.skipped or verification.why_nothing_shows(model):
-        warnings.warn(
-            f"padfree_patch.apply could not check its work: {reason}. "
-            "Call padfree_patch.verify(model) once the weights are there, or pass verify=False",
-            stacklevel=3,
-        )
+        _warn_unchecked(reason)
         return False
     if not result:
         raise result.error("the patched model", outcome="it was put back as it was")
     return True
+
+
+def _warn_unchecked(reason: str) -> None:
+    warnings.warn(
+        f"padfree_patch.apply could not check its work: {reason}. "
+        "Call padfree_patch.verify(model) once the weights are there, or pass verify=False",
+        stacklevel=4,
+    )
 
 
 def _raise_if_upstream_fails(model: nn.Module) -> None:

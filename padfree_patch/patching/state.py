@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..any_decoder.noted_mask import recipes
 from ..batch.packed_batch import known_batches
 from ..seams.window import measured
 from ..wrapping.opt_in import OptIn, living, remove_unused_seams
@@ -47,3 +48,4 @@ def remove_unused() -> None:
     if not living:
         known_batches.clear()
         measured.clear()
+        recipes.clear()

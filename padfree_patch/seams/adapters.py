@@ -26,7 +26,7 @@ from .model_call import concerns as may_be_packed
 NAME = "adapters"
 
 
-def find(model: nn.Module, patch: Patch) -> Found:
+def find(model: nn.Module, patch: Patch | None = None) -> Found:
     """Returns PEFT's forwards, if PEFT is imported: the model may be put into one of them later."""
     classes = [cls for name in ("PeftModel", "PeftMixedModel") for cls in _with_subclasses(_peft_class(name))]
     owners = [f"{cls.__module__}:{cls.__qualname__}" for cls in classes if "forward" in vars(cls)]

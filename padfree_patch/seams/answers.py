@@ -86,15 +86,22 @@ def _raise_if_replaced(answers: Answers, error: Exception) -> None:
 def _check(answers: Answers) -> None:
     """Raises PadfreeError unless every layer has answered that must."""
     model, opt_in = answers.model, OptIn.of(answers.model)
+    if opt_in is not None and opt_in.way and not opt_in.layers:  # `apply` tries a way: verify says what it misses
+        opt_in.answered = len(answers.modules)
+        return
     layers = _layers(model)
     silent = _silent(answers, layers)
     if silent or not answers.modules:
         names = [f"{name} ({type(each).__name__})" for name, each in model.named_modules() if each in silent]
         shown = ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])]) or "any attention module"
         raise PadfreeError(_message(model, f"was not answered by {shown}, so its examples mix", replaced(model)))
-    if opt_in is not None and opt_in.layers > len(layers):
-        problem = f"ran {len(layers)} layers with patched attention, and apply had patched {opt_in.layers}"
+    if opt_in is None:
+        return
+    reached = len(answers.modules) if opt_in.way else len(layers)
+    if opt_in.layers > reached:
+        problem = f"ran {reached} layers with patched attention, and apply had patched {opt_in.layers}"
         raise PadfreeError(_message(model, problem, replaced(model)))
+    opt_in.answered = reached
 
 
 def _silent(answers: Answers, layers: list[list[nn.Module]]) -> list[nn.Module]:
@@ -106,7 +113,7 @@ def _silent(answers: Answers, layers: list[list[nn.Module]]) -> list[nn.Module]:
 
 def _layers(model: nn.Module) -> list[list[nn.Module]]:
     opt_in = OptIn.of(model)
-    patch = registry().get(opt_in.model_type) if opt_in is not None else None
+    patch = registry().get(opt_in.model_type) if opt_in is not None and not opt_in.way else None
     return patched_layers(model, patch) if patch is not None and patch.is_decoder(model) else []
 
 

@@ -75,7 +75,7 @@ def answer(call: Call) -> Tensor:
         scale=given["softmax_scale"],
         dropout=given["dropout"],
         softcap=given["softcap"],
-        window=size + _window_surplus() if size else 0,
+        window=size + window_surplus() if size else 0,
         causal=given["is_causal"] and given.get("s_aux") is None,  # an attention sink
     )
 
@@ -117,6 +117,6 @@ def _attend(
     return output.transpose(1, 2)
 
 
-def _window_surplus() -> int:
+def window_surplus() -> int:
     """Returns what upstream's window for flash-attn has beyond the configured tokens: it was (w, w) before 4.56."""
     return 0 if versions.transformers(">=4.56") else 1

@@ -33,7 +33,7 @@ LOOPS = (
 )
 
 
-def find(model: nn.Module, patch: Patch) -> Found:
+def find(model: nn.Module, patch: Patch | None = None) -> Found:
     """Finds the loops on the class that all models have them from: a model around a patched one generates too."""
     from transformers import GenerationMixin
 

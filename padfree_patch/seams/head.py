@@ -27,10 +27,12 @@ def find(model: nn.Module, patch: Patch) -> Found:
     heads = tuple(module for module in pretrained_modules(model) if not patch.is_decoder(module))
     for head in heads:
         check_takes(patch, head, "attention_mask", "position_ids")
-    return Found(frozenset(seam for each in heads for seam in seams_of(each, answer, enter_head, _shown(each))), heads)
+    return Found(
+        frozenset(seam for each in heads for seam in seams_of(each, answer, enter_head, shown_columns(each))), heads
+    )
 
 
-def _shown(head: nn.Module) -> tuple[str, ...]:
+def shown_columns(head: nn.Module) -> tuple[str, ...]:
     """Returns what the signature of a patched head shows beside upstream's: the column that `pack_dataset` makes.
 
     The Trainer removes every column that no parameter is named after, so a forward that takes position_ids among its
@@ -62,13 +64,13 @@ def _prepare(call: Call) -> PackedBatch | None:
         raise PadfreeError(
             f"{type(module).__name__} is patched, but the {type(decoder).__name__} in it is not; call apply again"
         )
-    arguments["attention_mask"] = _mask_of_real_tokens(arguments.get("attention_mask"), batch)
+    arguments["attention_mask"] = mask_of_real_tokens(arguments.get("attention_mask"), batch)
     if any(base.__name__.endswith("ForCausalLM") for base in type(module).__mro__):
         ignore_boundaries(arguments, batch)
     return batch
 
 
-def _mask_of_real_tokens(mask: object, batch: PackedBatch) -> Tensor | None:
+def mask_of_real_tokens(mask: object, batch: PackedBatch) -> Tensor | None:
     """Returns what a head may do with a mask, now that the boundaries are known: tell real tokens from padding.
 
     The auxiliary loss of a mixture of experts is over the real ones.

@@ -21,7 +21,7 @@ from ..models import implementation_of
 from ..registry import Patch
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
-from ..wrapping.seam import Answer, Seam, original_of
+from ..wrapping.seam import Answer, Concerns, Seam, original_of
 from .kernel import PackedKernel
 from .kinds import Found
 from .stand_in import batch_of, is_stand_in, recipe_of
@@ -41,12 +41,12 @@ def find(model: nn.Module, patch: Patch) -> Found:
     seams = set()
     for namespace in {namespace_of(each) for each in users}:
         if hasattr(sys.modules[namespace], EAGER):
-            seams.add(Seam(namespace, EAGER, concerns, answer))
+            seams.add(Seam(namespace, EAGER, is_answered, answer))
         seams |= mapping_seams(namespace, "sdpa", answer)
     return Found(frozenset(seams), users)
 
 
-def mapping_seams(namespace: str, implementation: str, answer: Answer) -> set[Seam]:
+def mapping_seams(namespace: str, implementation: str, answer: Answer, concerns: Concerns | None = None) -> set[Seam]:
     """Returns the seam of one entry of the mapping that a modeling file looks functions up in; none if it lacks it."""
     mapping = getattr(sys.modules[namespace], FUNCTIONS)
     if implementation not in mapping:
@@ -54,7 +54,7 @@ def mapping_seams(namespace: str, implementation: str, answer: Answer) -> set[Se
     # Named after the file that all others have it from: the entry of one mapping must be one seam.
     shared = mapping is getattr(sys.modules["transformers.modeling_utils"], FUNCTIONS, None)
     owner = "transformers.modeling_utils" if shared else namespace
-    return {Seam(f"{owner}:{FUNCTIONS}", implementation, concerns, answer)}
+    return {Seam(f"{owner}:{FUNCTIONS}", implementation, concerns or is_answered, answer)}
 
 
 def uses_interface(module: nn.Module, patch: Patch) -> bool:
@@ -63,8 +63,13 @@ def uses_interface(module: nn.Module, patch: Patch) -> bool:
     Asks the forward that runs: a subclass may bypass what its base uses. Not if the patch changes the calls of the
     forward itself (`Patch.attention_call`), nor if eager's function is no global of the file that calls it.
     """
+    return patch.attention_call is None and can_be_answered(module)
+
+
+def can_be_answered(module: nn.Module) -> bool:
+    """Whether a module calls the functions of the interface where they can be answered."""
     caller = _caller(module)
-    if caller is None or patch.attention_call is not None:
+    if caller is None:
         return False
     config = getattr(module, "config", None)
     return EAGER in caller.__globals__ or (config is not None and implementation_of(config) != "eager")
@@ -88,7 +93,7 @@ def _caller(module: nn.Module) -> FunctionType | None:
     return None
 
 
-def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def is_answered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return is_stand_in(args[4] if len(args) > 4 else kwargs.get("attention_mask"))
 
 

@@ -14,7 +14,7 @@ from ..batch.packed_batch import PackedBatch, batch_of_copy, read_batch
 from ..errors import PadfreeError
 from ..wrapping.call import Call, takes_unnamed
 from ..wrapping.opt_in import OptIn
-from ..wrapping.seam import Answer, Seam, is_wrapper, original_of
+from ..wrapping.seam import Answer, Concerns, Seam, is_wrapper, original_of
 from .found_ordinary import is_found_ordinary
 from .full_rows import look_at_bare_call
 from .jump import say_jump
@@ -53,17 +53,20 @@ def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return True
 
 
-def seams_of(model: nn.Module, answer: Answer, entry: Answer, shown: tuple[str, ...] = ()) -> set[Seam]:
+def seams_of(
+    model: nn.Module, answer: Answer, entry: Answer, shown: tuple[str, ...] = (), concerned: Concerns | None = None
+) -> set[Seam]:
     """Returns the seams of a model's forward, and of `__call__`, which reaches us if somebody replaces the forward.
 
     Of a forward that takes its arguments as `*args`, the next one among the bases as well, which names them.
     """
-    found = {Seam(type(model), "forward", concerns, answer, shown), Seam(type(model), "__call__", concerns, entry)}
+    concerned = concerned or concerns
+    found = {Seam(type(model), "forward", concerned, answer, shown), Seam(type(model), "__call__", concerned, entry)}
     forwards = [base for base in type(model).__mro__ if "forward" in vars(base)]
     for base, below in itertools.pairwise(forwards):
         if not takes_unnamed(original_of(vars(base)["forward"])):
             break
-        found.add(Seam(below, "forward", concerns, answer))
+        found.add(Seam(below, "forward", concerned, answer))
     return found
 
 

@@ -30,7 +30,7 @@ from .under_way import under_way
 NAME = "rotary"
 
 
-def find(model: nn.Module, patch: Patch) -> Found:
+def find(model: nn.Module, patch: Patch | None = None) -> Found:
     rotaries = tuple(module for module in model.modules() if depends_on_length(module))
     for module in rotaries:
         falcons = takes_keyword(original_of(type(module).forward), "query")  # of 4.35

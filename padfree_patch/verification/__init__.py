@@ -25,7 +25,9 @@ __all__ = [
     "rounding_of_neighbours",
     "run_alone",
     "run_packed",
+    "sees_later_tokens",
     "verify",
+    "why_it_cannot_run",
     "why_nothing_shows",
 ]
 
@@ -67,6 +69,7 @@ def _measure(name: str, model: nn.Module, probe: Probe) -> Verification:
         alone_tolerance=tolerance,
         alone_refused=refused,
         first_leak=probe.first_leak() if leaks else None,
+        first_difference=probe.first_difference() if not leaks and error > tolerance else None,
     )
 
 
@@ -105,6 +108,21 @@ def why_nothing_shows(model: nn.Module) -> str | None:
 
 
 _AS_IF = ", as if its weights were not loaded yet"
+
+
+@torch.enable_grad()
+def sees_later_tokens(model: nn.Module) -> float | None:
+    """Measures how far an example's outputs change when its last token does, on the model as it is; None if not at all.
+
+    None too for a model that can't be run.
+    """
+    if why_it_cannot_run(model):
+        return None
+    with untouched(model):
+        probe = Probe(unwrapped(model))
+        change, some = probe.change_by_last_token(), probe.alone(probe.b)
+        allowed = TOLERANCE_EPS * torch.finfo(some.dtype).eps * largest(some)
+    return change if change > allowed else None
 
 
 @torch.enable_grad()

@@ -14,7 +14,7 @@ from ..seams.model_call import needs_rows
 from ..seams.rotary import as_new
 from .dtypes import Dtypes
 from .entry import Entry
-from .first_leak import first_leak
+from .first_leak import first_difference, first_leak
 
 LENGTHS = (9, 8)
 """Tokens of examples A and B."""
@@ -79,8 +79,12 @@ class Probe:
         with _frozen(self.model):
             loss = self.packed(self.a)[:, LENGTHS[0] :].float().square().sum()
             loss.backward()  # not autograd.grad, which reentrant checkpointing refuses
-        gradients = [each.grad for each in self._entry.embeddings if each.grad is not None]
-        return max((largest(each[:, : LENGTHS[0]]) for each in gradients), default=0.0)
+        worst, seen = 0.0, 0
+        for leaf in self._entry.embeddings:  # one of the whole row, or one for each sequence
+            if leaf.grad is not None and seen < LENGTHS[0]:
+                worst = max(worst, largest(leaf.grad[:, : LENGTHS[0] - seen]))
+            seen += leaf.shape[1]
+        return worst
 
     def alone_error(self) -> tuple[float, float]:
         """Measures the relative difference between packed and alone; gives it, and what it may be."""
@@ -94,6 +98,18 @@ class Probe:
         if any(isinstance(each, nn.Linear) and each.weight.dtype == torch.int8 for each in self.model.modules()):
             eps.add(2.0**-7)
         return error, min(TOLERANCE_EPS * max(eps), 0.1)
+
+    def change_by_last_token(self) -> float:
+        """Measures how far the outputs of A change, except at its last token, when that token is another."""
+        other = self.a.clone()
+        other[:, -1] = self.a[:, 1]
+        some, changed = self.alone(self.a), self.alone(other)
+        return largest((some - changed)[:, :-1])
+
+    def first_difference(self) -> str | None:
+        """Names the first module that gives B something else in the packed row than alone, for the same input."""
+        alone, packed = (lambda: self.alone(self.b)), (lambda: self.packed(self.a))
+        return first_difference(self.model, packed, alone, LENGTHS)
 
     def first_leak(self) -> str | None:
         """Names the first module that carries something from A to B."""

@@ -30,6 +30,8 @@ class Verification:
     """Why there is nothing to compare with, if upstream can't run an example alone (`Patch.upstream_refuses`)."""
     first_leak: str | None = None
     """Name of the first module whose output at B changes with A although its input at B does not."""
+    first_difference: str | None = None
+    """Name of the first module that, for the same input, gives B something else in the packed row than alone."""
     skipped: str | None = None
     """Why nothing could be measured, if so."""
 
@@ -87,6 +89,8 @@ class Verification:
             lines.append(f"  packed against alone, relative         {self.alone_error:.3g} ({allowed})")
         if self.first_leak:
             lines.append(f"  first module that leaks                {self.first_leak}")
+        if self.first_difference:
+            lines.append(f"  first module that differs from alone   {self.first_difference}")
         return lines
 
     def as_dict(self) -> dict[str, str | float | None]:

@@ -31,6 +31,12 @@ class OptIn:
         self.model_type, self.backend, self.seams = model_type, backend, seams
         self.layers = layers
         """Of a decoder: layers whose attention was patched when it was."""
+        self.way = ""
+        """How the examples are kept apart, if no patch is registered for the model: in words, for people."""
+        self.answered = 0
+        """Modules that answered in the last packed call; of a way that was found, what later calls must reach."""
+        self.not_recomputed: tuple[str, ...] = ()
+        """Classes inside of layers that gradient checkpointing must not run again: their batch would be gone."""
         self.set_aside: dict[str, Any] = {}
         """What stood in the module's `__dict__` and would have gone past the patched class."""
         self.check: Callable[[nn.Module], None] | None = None
@@ -78,12 +84,14 @@ class OptIn:
         twin = OptIn(self.model_type, self.backend, self.seams, self.layers)
         twin.check, twin.checked_adapters = self.check, set(self.checked_adapters)
         twin.first_check = self.first_check
+        twin.way, twin.not_recomputed = self.way, self.not_recomputed
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         seams = tuple(seam.by_name() for seam in self.seams)
         saved_with = str(versions.transformers_version())
-        state = {"check": self.check, "first_check": self.first_check}
+        kept = ("check", "first_check", "way", "not_recomputed")
+        state = {name: getattr(self, name) for name in kept}
         return _unpickle, (self.model_type, self.backend, seams, self.layers, saved_with), state
 
 

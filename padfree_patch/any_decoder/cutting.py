@@ -1,0 +1,154 @@
+"""A packed row cut into its sequences, for code of upstream that runs on each, and joined again.
+
+T tokens of all rows end to end. Arguments of a packed call come as (B, T / B, ...) and are cut as (1, T, ...). Which
+dimension has the tokens is told by its size; where two could, it is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batch.packed_batch import PackedBatch
+from ..errors import PadfreeError
+from .noted_mask import is_noted, number_of, recipes
+
+
+class Cutter:
+    """Cuts the arguments of one call, and joins what the call gives for each sequence."""
+
+    def __init__(
+        self, batch: PackedBatch, module: nn.Module, token_dims: Mapping[str, int] | None = None, *, scores: bool = False
+    ):
+        """Takes whose call it is, and the dimensions of the tokens in arguments where they are known.
+
+        With `scores`, a tensor whose last two dimensions could both be the tokens is about scores, so both are.
+        """
+        self._rows, self._tokens = (int(n) for n in batch.position_ids.shape)
+        self._total, self._lengths = batch.sequences.total, batch.sequences.lengths
+        self._device, self._module, self._dims = batch.position_ids.device, module, token_dims or {}
+        self._who, self._scores = type(module).__name__, scores
+        self._masks: dict[tuple[int, int], Any] = {}
+
+    def run(self, arguments: dict[str, Any], run: Callable[[dict[str, Any]], Any]) -> list[Any]:
+        """Runs something on each sequence's part of the arguments."""
+        flat = {name: self._flat(value, self._dims.get(name)) for name, value in arguments.items()}
+        results, begin = [], 0
+        for length in self._lengths:
+            results.append(run({n: self._cut(x, begin, length, self._dims.get(n)) for n, x in flat.items()}))
+            begin += length
+        return results
+
+    def _flat(self, value: Any, known: int | None) -> Any:
+        if (inside := _inside(value, lambda each: self._flat(each, None))) is not None:
+            return inside
+        if self._rows == 1 or not isinstance(value, Tensor) or is_noted(value) or value.dim() < 2:
+            return value
+        dims = [dim for dim in (1, 2) if dim < value.dim() and value.shape[dim] == self._tokens]
+        dims = dims if known is None else [known]
+        if value.shape[0] != self._rows or not dims:
+            return value
+        if len(dims) > 1 and value.dim() > 3:
+            raise self._ambiguous(value)
+        return value.transpose(1, dims[0]).flatten(0, 1).unsqueeze(0).transpose(1, dims[0])
+
+    def _cut(self, value: Any, begin: int, length: int, known: int | None) -> Any:
+        if isinstance(value, (tuple, torch.Size)) and len(value) > 1 and all(type(each) is int for each in value):
+            return type(value)(length if each == self._total else each for each in value)  # a shape
+        if (inside := _inside(value, lambda each: self._cut(each, begin, length, None))) is not None:
+            return inside
+        if not isinstance(value, Tensor):
+            return value
+        if is_noted(value):
+            return self._mask(number_of(value), length)
+        if value.dim() == 1:  # cache_position, from 0 on
+            counts = value.shape[0] == self._total and not value.is_floating_point()
+            return value[:length] if counts else value
+        for dim in self._token_dims(value) if known is None else [known]:
+            value = value.narrow(dim, begin, length)
+        return value
+
+    def _mask(self, number: int, length: int) -> Any:
+        key = number, length
+        if key not in self._masks:
+            self._masks[key] = recipes[number].build(length, self._device)
+        return self._masks[key]
+
+    def _token_dims(self, value: Tensor) -> list[int]:
+        dims = [dim for dim in range(1, value.dim()) if value.shape[dim] == self._total]
+        if len(dims) < 2 or (value.dim() == 3 and dims[0] == 1):
+            return dims[:1]
+        if not self._scores and self._total in _sizes_of(self._module):  # tokens by tokens, or by a head size
+            raise self._ambiguous(value)
+        return dims
+
+    def _ambiguous(self, value: Tensor) -> PadfreeError:
+        return PadfreeError(
+            f"{self._who} is handed a tensor of shape {tuple(value.shape)}, and the {self._total} tokens of the row "
+            "could be more than one of its dimensions; pack rows of another length"
+        )
+
+    def join(self, results: Sequence[Any]) -> Any:
+        """Joins what each sequence gave along its tokens, as (B, T / B, ...).
+
+        Attention weights and states, beside a result, become None: nobody asked for those of a packed row.
+
+        Raises PadfreeError for a result, or a number, that is neither for each token nor the same for all.
+        """
+        first = results[0]
+        if isinstance(first, Tensor):
+            if (whole := self._joined(results)) is None:
+                raise self._not_for_tokens(first)
+            return whole
+        if isinstance(first, dict):
+            return type(first)({name: self._beside([each[name] for each in results]) for name in first})
+        if isinstance(first, (tuple, list)):
+            return type(first)(self._beside(each) for each in zip(*results))
+        return first
+
+    def _beside(self, results: Sequence[Any]) -> Any:
+        if isinstance(results[0], Tensor) and results[0].dim() > 1:
+            return self._joined(results)
+        return self.join(results)
+
+    def _joined(self, results: Sequence[Tensor]) -> Tensor | None:
+        first = results[0]
+        if all(each is first for each in results):
+            return first
+        dims = range(0 if first.dim() == 2 else 1, first.dim())
+        fitting = [d for d in dims if all(each.shape[d] == n for each, n in zip(results, self._lengths))]
+        if not fitting:
+            return None
+        dim = 1 if first.dim() == 2 and first.shape[0] == 1 and 1 in fitting else fitting[0]
+        others = [[n for d, n in enumerate(each.shape) if d != dim] for each in results]
+        if any(each != others[0] for each in others):
+            return None
+        whole = torch.cat(list(results), dim=dim)
+        if self._rows == 1 or dim == 0:
+            return whole
+        return whole.squeeze(0).unflatten(dim - 1, (self._rows, -1)).movedim(dim - 1, 0)
+
+    def _not_for_tokens(self, value: Tensor) -> PadfreeError:
+        return PadfreeError(
+            f"{self._who}, run on each sequence, gives a tensor of shape {tuple(value.shape)}, which has no dimension "
+            f"for the {self._lengths[0]} tokens of the first and is not the same for all"
+        )
+
+
+def _sizes_of(module: nn.Module) -> set[object]:
+    """Returns the sizes in a module that are no numbers of tokens: of its parameters, and whatever its config says."""
+    said = [value for value in vars(module.config).values() if type(value) is int] if hasattr(module, "config") else []
+    own = [value for value in vars(module).values() if type(value) is int]
+    return {size for each in module.parameters() for size in each.shape}.union(said, own)
+
+
+def _inside(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Returns a container with each of its values changed; None for what is no plain container."""
+    if isinstance(value, dict):
+        return {name: change(each) for name, each in value.items()}
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value)(map(change, value))
+    return None

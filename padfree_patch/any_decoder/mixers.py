@@ -1,0 +1,74 @@
+"""Modules that run their own forward on each sequence: whatever mixes tokens and is no plain attention.
+
+Those that are handed the stand-in for the mask are told by it what the row holds. Those that `verify` names, such as
+position embeddings that count by themselves, are told by the model's forward, which must run around them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batch.packed_batch import PackedBatch
+from ..seams.answers import note_answer
+from ..seams.kinds import Found
+from ..seams.under_way import nothing_running, under_way
+from ..wrapping.call import Call
+from ..wrapping.opt_in import OptIn
+from ..wrapping.seam import Seam
+from .cutting import Cutter
+from .noted_mask import batch_of, find_noted
+from .way import Way
+
+NAME = "mixers"
+
+
+def find(model: nn.Module, way: Way) -> Found:
+    modules = tuple(each for each in model.modules() if type(each) in way.split | way.named)
+    seams = {Seam(each, "forward", concerns, answer) for each in way.split - way.named}
+    seams |= {Seam(each, "forward", concerns_named, answer_named) for each in way.named}
+    return Found(frozenset(seams), modules)
+
+
+def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return find_noted((*args, *kwargs.values())) is not None and OptIn.of(args[0]) is not None
+
+
+def concerns_named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if OptIn.of(args[0]) is None:
+        return False
+    return under_way.batch is not None or find_noted((*args, *kwargs.values())) is not None
+
+
+@torch.compiler.disable
+def answer(call: Call) -> Any:
+    """Answers the forward of a module that is handed the stand-in for the mask."""
+    return _on_each(call, under_way.batch or _batch_in(call))
+
+
+@torch.compiler.disable
+def answer_named(call: Call) -> Any:
+    """Answers the forward of a module that `verify` named; without a mask, it counts its positions by itself."""
+    batch = under_way.batch or _batch_in(call)
+    if call.arguments.get("position_ids") is not None and find_noted(call.arguments.values()) is None:
+        call = call.changed(position_ids=None)
+    return _on_each(call, batch)
+
+
+def _batch_in(call: Call) -> PackedBatch:
+    """Returns the batch that the stand-in among the arguments carries, when a layer is run again in the backward."""
+    mask = find_noted(call.arguments.values())
+    assert mask is not None  # or the call would not have concerned us
+    tokens = next(each for each in call.arguments.values() if isinstance(each, Tensor) and each.dim() == 3)
+    return batch_of(mask, (tokens.shape[0], tokens.shape[1]), tokens.device)
+
+
+def _on_each(call: Call, batch: PackedBatch) -> Any:
+    module, cutter = call.module, Cutter(batch, call.module)
+    arguments = {name: value for name, value in call.arguments.items() if value is not module}
+    with nothing_running():
+        results = cutter.run(arguments, lambda cut: call.changed(**cut).proceed())
+    note_answer(module)
+    return cutter.join(results)

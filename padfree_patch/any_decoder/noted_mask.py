@@ -1,0 +1,191 @@
+"""A stand-in for the mask that notes what decoders do to it, so that it can be done to the mask of each sequence.
+
+Like `padfree_patch.seams.stand_in`, an int32 tensor whose values are `PackedBatch.boundaries`; here with six dimensions,
+(1, 1, number + 1, 1, 1, boundaries), of which the third numbers a recipe. What a decoder does to a mask on its way to the
+layers (casts, `1 - mask`, slices to the number of keys) makes another recipe; the values stay what they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch.packed_batch import PackedBatch, batch_at_layer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recipe:
+    """What a sequence of a given length is handed as its mask when it is run alone."""
+
+    build: Callable[[int, torch.device], Any]
+    """Makes the mask of so many tokens; None where upstream makes none."""
+    kind: str = "other"
+    """What the mask shows: "causal", "window", "chunk", or "other"."""
+    size: int = 0
+    """Newest tokens that a query sees in a window, itself included; tokens of a chunk."""
+
+
+def _ones(length: int, device: torch.device) -> Tensor:
+    return torch.ones(1, length, dtype=torch.long, device=device)
+
+
+CALLERS_OWN = Recipe(_ones, "causal")
+"""What nobody has turned into another mask yet: that of a caller who pads nothing."""
+
+
+class _Recipes:
+    """All recipes by number; the same builder, called in the same way, has one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.clear()
+
+    def clear(self) -> None:
+        self._recipes = [CALLERS_OWN]
+        self._numbers: dict[Hashable, int] = {}
+
+    def number(self, key: Hashable, make: Callable[[], Recipe]) -> int:
+        with self._lock:
+            known = self._numbers.get(key)
+        if known is None:
+            recipe = make()  # which may call upstream
+            with self._lock:
+                self._recipes.append(recipe)
+                known = self._numbers[key] = len(self._recipes) - 1
+        return known
+
+    def __getitem__(self, number: int) -> Recipe:
+        return self._recipes[number]
+
+
+recipes = _Recipes()
+
+
+class NotedMask(Tensor):
+    """Stays a stand-in through what decoders do to a mask."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "detach":
+            return args[0]
+        if name == "__contains__":  # `0 in mask`: a mask without a zero is dropped (flash-attention, until 4.52)
+            return True
+        if name == "all":
+            return torch.tensor(False)
+        if name in _NOTED and not any(_is_large(each) for each in (*args, *kwargs.values())):
+            return _noted(func, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+
+_NOTED = frozenset(
+    [
+        "to",
+        "bool",
+        "float",
+        "type",
+        "type_as",
+        "int",
+        "long",
+        "half",
+        "bfloat16",
+        "__rsub__",
+        "rsub",
+        "sub",
+        "__sub__",
+        "mul",
+        "__mul__",
+        "__rmul__",
+        "add",
+        "__add__",
+        "__radd__",
+        "__invert__",
+        "bitwise_not",
+        "logical_not",
+        "clone",
+        "contiguous",
+        "unsqueeze",
+        "eq",
+        "__eq__",
+        "ne",
+        "__ne__",
+        "lt",
+        "__lt__",
+        "gt",
+        "__gt__",
+        "masked_fill",
+        "__getitem__",
+        "view",
+        "reshape",
+        "expand",
+    ]
+)
+"""Functions that make of a mask another one for the same tokens."""
+
+
+def _is_large(value: object) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, NotedMask) and value.dim() > 0
+
+
+def _noted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    mask = next(each for each in args if isinstance(each, NotedMask))
+    number = number_of(mask)
+    written = repr(tuple("mask" if each is mask else each for each in args)), repr(kwargs)
+
+    def make() -> Recipe:
+        before = recipes[number]
+
+        def build(length: int, device: torch.device) -> Any:
+            made = before.build(length, device)
+            return None if made is None else func(*(made if each is mask else each for each in args), **kwargs)
+
+        same = func.__name__ in ("__getitem__", "clone", "contiguous")  # sliced to the number of keys, which is all
+        return dataclasses.replace(before, build=build) if same else Recipe(build)
+
+    return with_recipe(mask, recipes.number(("noted", func, number, *written), make))
+
+
+def noted_mask(batch: PackedBatch) -> Tensor:
+    """Returns what stands for the caller's own mask, (1, 1, 1, 1, 1, boundaries). Allocates nothing."""
+    return batch.boundaries[None, None, None, None, None, :].as_subclass(NotedMask)
+
+
+def with_recipe(mask: Tensor, number: int) -> Tensor:
+    """Returns the stand-in of the same batch with another recipe."""
+    plain = mask.as_subclass(Tensor)
+    return plain[:, :, :1].expand(1, 1, number + 1, 1, 1, -1).as_subclass(NotedMask)
+
+
+def is_noted(value: object) -> bool:
+    return isinstance(value, NotedMask)
+
+
+def find_noted(values: Iterable[object]) -> Tensor | None:
+    """Returns the first stand-in among the arguments of a call, or in a dictionary of masks among them; or None."""
+    for value in values:
+        if isinstance(value, NotedMask):
+            return value
+        if isinstance(value, dict) and (inside := find_noted(value.values())) is not None:
+            return inside
+    return None
+
+
+def recipe_of(mask: Tensor) -> Recipe:
+    return recipes[number_of(mask)]
+
+
+def number_of(mask: Tensor) -> int:
+    """Returns the number of a stand-in's recipe."""
+    return mask.as_subclass(Tensor).shape[2] - 1
+
+
+def batch_of(mask: Tensor, shape: tuple[int, int], device: torch.device) -> PackedBatch:
+    """Returns the batch that a stand-in carries; shape (B, T) and device are those of the layer's tokens."""
+    return batch_at_layer(mask.as_subclass(Tensor)[0, 0, 0, 0, 0], shape, device)

@@ -1,0 +1,74 @@
+"""Way: which places of a model without a registered patch are entered, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+from torch import nn
+
+from ..models import pretrained_modules
+from ..seams.interface import can_be_answered
+from ..wrapping.call import signature
+from ..wrapping.seam import original_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to keep the examples of a model apart; `verify` says whether it does."""
+
+    models: tuple[nn.Module, ...]
+    """The transformers models that take tokens."""
+    fast: tuple[nn.Module, ...]
+    """Attention modules whose functions of the interface are answered."""
+    split: frozenset[type]
+    """Classes whose modules run on each sequence when they are handed the mask."""
+    named: frozenset[type] = frozenset()
+    """Classes that `verify` named: their modules run on each sequence, handed the mask or not."""
+
+    def with_named(self, cls: type) -> Way:
+        return dataclasses.replace(self, named=self.named | {cls})
+
+    def __str__(self) -> str:
+        parts = [
+            ("by a varlen kernel where plain", {type(each) for each in self.fast}),
+            ("per sequence", self.split - self.named),
+            ("per sequence, named by verify", self.named),
+        ]
+        shown = [f"{', '.join(sorted(each.__name__ for each in classes))} {how}" for how, classes in parts if classes]
+        return "; ".join(shown) or "nothing found to enter"
+
+
+def ways_of(model: nn.Module) -> list[Way]:
+    """Returns the ways to try, the fastest first."""
+    models = tuple(each for each in pretrained_modules(model) if _takes_tokens(each))
+    users = tuple(each for each in model.modules() if can_be_answered(each))
+    others = frozenset(type(each) for each in _innermost(model) if each not in models)
+    answered = frozenset(type(each) for each in users)
+    all_split = Way(models, (), others | answered)
+    return [Way(models, users, others - answered), all_split] if users else [all_split]
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """Returns what a module's own forward takes by name; nothing for one written in another language."""
+    try:
+        parameters = signature(original_of(type(module).forward)).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [each.name for each in parameters if each.kind not in (inspect.Parameter.VAR_KEYWORD, each.VAR_POSITIONAL)]
+
+
+def _takes_tokens(module: nn.Module) -> bool:
+    return any(name in ("input_ids", "inputs_embeds") for name in parameter_names(module))
+
+
+def _innermost(model: nn.Module) -> list[nn.Module]:
+    """Returns the modules that take a mask and hold none that does."""
+    taking = [each for each in model.modules() if _takes_mask(each)]
+    known = set(taking)
+    return [each for each in taking if not any(child in known for child in each.modules() if child is not each)]
+
+
+def _takes_mask(module: nn.Module) -> bool:
+    names = parameter_names(module)
+    return any(n in ("alibi", "mask") or (n.endswith("_mask") and not n.startswith("encoder")) for n in names)

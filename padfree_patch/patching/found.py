@@ -1,0 +1,95 @@
+"""apply for a model that no patch is registered for: ways are found in the live model, and `verify` decides."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+
+from .. import verification
+from ..any_decoder.decoder import check_decoder
+from ..any_decoder.way import Way, ways_of
+from ..errors import PadfreeError
+from ..models import pretrained_modules
+from ..verification import Verification
+from ..verification.untouched import unwrapped
+from ..wrapping.opt_in import OptIn
+from .plan import opt_in, plan_way
+from .state import State
+
+MOST_NAMED = 5
+"""Classes that verify may name before a way is given up."""
+
+
+def apply_found(model: nn.Module, backend: str, *, verify: bool) -> str | None:
+    """Patches a model in the first way that `verify` passes. Returns why it could not be checked; None if it was.
+
+    Raises PadfreeError, with what each way came to, if none passes.
+    """
+    check_decoder(model)
+    before, failures = State(model), []
+    for way in ways_of(model):
+        for _ in range(MOST_NAMED + 1):
+            opt_in(plan_way(model, way), before.opt_ins.values(), backend)
+            _describe(model, way)
+            unchecked = _why_not_to_check(model, verify=verify)
+            if unchecked:
+                return unchecked
+            result = _measured(model)
+            if isinstance(result, Verification) and result.ok:
+                _keep(model, way)
+                return None
+            failures.append(f"{way}:\n{result}")
+            named = _named_class(model, result)
+            before.put_back()
+            if named is None or named in way.named:
+                break
+            way = way.with_named(named)
+    raise PadfreeError(
+        f"{type(pretrained_modules(model)[0]).__name__}: no patch is registered for it, and no way that was found keeps "
+        "its examples apart; it was put back as it was. Tried:\n" + "\n".join(failures)
+    )
+
+
+def _why_not_to_check(model: nn.Module, *, verify: bool) -> str | None:
+    if not verify:
+        return "verify=False was passed, and no patch is registered for this architecture"
+    return verification.why_it_cannot_run(model)
+
+
+def _measured(model: nn.Module) -> Verification | str:
+    """Returns what verify measures, or the error of a packed row that does not run."""
+    try:
+        return verification.verify(model)
+    except Exception as error:
+        return f"  a packed row fails: {type(error).__name__}: {error}"
+
+
+def _named_class(model: nn.Module, result: Verification | str) -> type | None:
+    """Returns the class of the first module that leaks, or gives an example something else than alone."""
+    if isinstance(result, str) or not (name := result.first_leak or result.first_difference):
+        return None
+    cls = type(unwrapped(model).get_submodule(name))
+    return None if cls.__module__.startswith(("torch.nn", "peft.")) and cls is not nn.ZeroPad2d else cls
+
+
+def _describe(model: nn.Module, way: Way) -> None:
+    inside = sorted({type(each).__name__ for each in _inside_layers(model) if type(each) in way.named})
+    for module in model.modules():
+        if mine := OptIn.of(module):
+            mine.way, mine.layers, mine.not_recomputed = str(way), 0, tuple(inside)
+
+
+def _inside_layers(model: nn.Module) -> list[nn.Module]:
+    """Returns the modules that lie in a list of layers, which gradient checkpointing runs again."""
+    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
+    return [inner for each in lists for inner in each.modules()]
+
+
+def _keep(model: nn.Module, way: Way) -> None:
+    """Notes how many modules answered: a later packed call that fewer answer is an error."""
+    for module in model.modules():
+        if mine := OptIn.of(module):
+            mine.layers = mine.answered
+    name = type(pretrained_modules(model)[0]).__name__
+    logging.getLogger("padfree_patch").info("%s has no registered patch; verified, with %s", name, way)
