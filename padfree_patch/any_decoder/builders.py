@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,7 +78,8 @@ def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 @torch.compiler.disable
-def answer(call: Call) -> Tensor:
+def answer(call: Call) -> Tensor | tuple[Tensor, ...]:
+    """Answers a builder of masks: a stand-in with the builder's recipe, or as many of them as it makes."""
     given = find_noted(call.arguments.values())
     assert given is not None
     arguments = {name: value for name, value in call.arguments.items() if not _is_absent(name, value)}
@@ -92,10 +94,14 @@ def answer(call: Call) -> Tensor:
     plain = {name: str(value) for name, value in arguments.items() if value is None or isinstance(value, _PLAIN)}
     facts = {name: str(value) for name, value in vars(config).items() if _decides(name)} if config is not None else {}
     key = call.original, tuple(sorted(plain.items())), tuple(sorted(facts.items())), dtype
-    return with_recipe(given, recipes.number(key, lambda: _recipe(call.original, arguments, dtype)))
+    numbers = recipes.numbers(key, lambda: _recipes_of(call.original, arguments, dtype))
+    made = tuple(with_recipe(given, number) for number in numbers)
+    return made if len(made) > 1 else made[0]
 
 
 _EMBEDDINGS = ("inputs_embeds", "input_embeds", "input_tensor")
+_READERS = ("alibi", "extended")
+"""In the names of builders that read the caller's mask."""
 _PLAIN = (bool, int, float, str, torch.dtype)
 
 
@@ -113,30 +119,51 @@ def _decides(name: str) -> bool:
     return any(part in name for part in ("window", "layer_type", "attn", "chunk", "causal"))
 
 
-def _recipe(original: Any, arguments: dict[str, Any], dtype: torch.dtype) -> Recipe:
+def _recipes_of(original: Any, arguments: dict[str, Any], dtype: torch.dtype) -> list[Recipe]:
+    """Returns the recipe of each mask that a builder makes: one, or several in a tuple."""
     kept = {name: None if isinstance(value, Tensor) else value for name, value in arguments.items()}
-    build = functools.partial(_built, original, kept, dtype)
+    build = functools.partial(_built, original, kept, dtype, any(part in original.__name__ for part in _READERS))
     try:
-        kind, size = _measured(build, _config_of(kept), kept)
+        masks = build(_TOKENS, torch.device("cpu"))
+    except Exception:  # it reads the caller's mask too
+        build = functools.partial(_built, original, kept, dtype, True)
+        masks = build(_TOKENS, torch.device("cpu"))
+    if not isinstance(masks, tuple):
+        return [_recipe(build, kept)]
+
+    def one_of(place: int) -> Callable[..., Any]:
+        return lambda *args, **instead: build(*args, **instead)[place]
+
+    return [_recipe(one_of(place), kept) for place in range(len(masks))]
+
+
+def _recipe(build: Callable[..., Any], arguments: dict[str, Any]) -> Recipe:
+    try:
+        kind, size = _measured(build, _config_of(arguments), arguments)
     except Exception:  # upstream's own, of a config with a small window: then the mask is made as it is
         kind, size = "other", 0
     return Recipe(build, kind, size)
 
 
 def _built(
-    original: Any, arguments: dict[str, Any], dtype: torch.dtype, length: int, device: torch.device, **instead: Any
+    original: Any,
+    arguments: dict[str, Any],
+    dtype: torch.dtype,
+    reads_mask: bool,
+    length: int,
+    device: torch.device,
+    **instead: Any,
 ) -> Any:
     """Calls a builder for one sequence. `instead` are other values of its config, or of its arguments."""
     embeddings = torch.empty(1, length, 1, dtype=dtype, device=device)
     mask = CALLERS_OWN.build(length, device)
-    wants_mask = any(part in original.__name__ for part in ("alibi", "extended"))
     stand_ins: dict[str, Any] = {
         **dict.fromkeys(_EMBEDDINGS, embeddings),
         "input_shape": (1, length),
         "past_key_values_length": 0,
         "cache_position": torch.arange(length, device=device),
         "position_ids": torch.arange(length, device=device)[None],
-        "attention_mask": mask if wants_mask else None,
+        "attention_mask": mask if reads_mask else None,
         "mask": mask,
         "past_key_values": None,
     }

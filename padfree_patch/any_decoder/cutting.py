@@ -36,11 +36,20 @@ class Cutter:
     def run(self, arguments: dict[str, Any], run: Callable[[dict[str, Any]], Any]) -> list[Any]:
         """Runs something on each sequence's part of the arguments."""
         flat = {name: self._flat(value, self._dims.get(name)) for name, value in arguments.items()}
+        counts = {name: value - self._tokens for name, value in arguments.items() if self._is_count(name, value)}
         results, begin = [], 0
         for length in self._lengths:
-            results.append(run({n: self._cut(x, begin, length, self._dims.get(n)) for n, x in flat.items()}))
+            cut = {name: self._cut(value, begin, length, self._dims.get(name)) for name, value in flat.items()}
+            results.append(run(cut | {name: length + beyond for name, beyond in counts.items()}))
             begin += length
         return results
+
+    def _is_count(self, name: str, value: object) -> bool:
+        """Whether an argument is the number of the row's tokens, or the position of the last one."""
+        if type(value) is not int:
+            return False
+        last = "position" in name and value == self._tokens - 1
+        return last or (value == self._tokens and any(part in name for part in ("seq", "len", "position")))
 
     def _flat(self, value: Any, known: int | None) -> Any:
         if (inside := _inside(value, lambda each: self._flat(each, None))) is not None:

@@ -50,8 +50,8 @@ def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 @torch.compiler.disable
 def answer(call: Call) -> tuple[Tensor, None]:
     """Answers an attention function: tensors (B, heads, T, D) in, (B, T, H, D) and no weights out."""
-    module, q, k, v, mask = (call.arguments[name] for name in call.names[:5])
-    batch, recipe = batch_of(mask, (q.shape[0], q.shape[2]), q.device), recipe_of(mask)
+    module, q, mask = (call.arguments[call.names[place]] for place in (0, 1, 4))
+    batch, recipe = batch_of(mask, q.device), recipe_of(mask)
     if is_plain(call, recipe):
         return _by_kernel(call, batch, recipe), None
     note_answer(module)

@@ -19,7 +19,7 @@ from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import Seam
 from .cutting import Cutter
-from .noted_mask import batch_of, find_noted
+from .noted_mask import batch_of, find_noted, is_noted
 from .way import Way
 
 NAME = "mixers"
@@ -45,24 +45,25 @@ def concerns_named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 @torch.compiler.disable
 def answer(call: Call) -> Any:
     """Answers the forward of a module that is handed the stand-in for the mask."""
-    return _on_each(call, under_way.batch or _batch_in(call))
+    return _on_each(call, _batch_in(call))
 
 
 @torch.compiler.disable
 def answer_named(call: Call) -> Any:
     """Answers the forward of a module that `verify` named; without a mask, it counts its positions by itself."""
     batch = under_way.batch or _batch_in(call)
-    if call.arguments.get("position_ids") is not None and find_noted(call.arguments.values()) is None:
-        call = call.changed(position_ids=None)
+    positions = call.arguments.get("position_ids")
+    if isinstance(positions, Tensor) and positions.dim() > 1 and find_noted(call.arguments.values()) is None:
+        call = call.changed(position_ids=None)  # those of a packed row; alone it would have counted them itself
     return _on_each(call, batch)
 
 
 def _batch_in(call: Call) -> PackedBatch:
-    """Returns the batch that the stand-in among the arguments carries, when a layer is run again in the backward."""
+    """Returns the batch that the stand-in among the arguments carries."""
     mask = find_noted(call.arguments.values())
     assert mask is not None  # or the call would not have concerned us
-    tokens = next(each for each in call.arguments.values() if isinstance(each, Tensor) and each.dim() == 3)
-    return batch_of(mask, (tokens.shape[0], tokens.shape[1]), tokens.device)
+    tensors = (each for each in call.arguments.values() if isinstance(each, Tensor) and not is_noted(each))
+    return batch_of(mask, next((each.device for each in tensors), mask.device))
 
 
 def _on_each(call: Call, batch: PackedBatch) -> Any:

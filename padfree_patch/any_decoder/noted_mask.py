@@ -1,8 +1,9 @@
 """A stand-in for the mask that notes what decoders do to it, so that it can be done to the mask of each sequence.
 
 Like `padfree_patch.seams.stand_in`, an int32 tensor whose values are `PackedBatch.boundaries`; here with six dimensions,
-(1, 1, number + 1, 1, 1, boundaries), of which the third numbers a recipe. What a decoder does to a mask on its way to the
-layers (casts, `1 - mask`, slices to the number of keys) makes another recipe; the values stay what they are.
+(B, T, number + 1, boundaries, 1, T). Some decoders compare the first, second and last with the tokens; the third numbers
+a recipe. What a decoder does to a mask on its way to the layers (casts, `1 - mask`, slices to the number of keys)
+makes another recipe; the values stay what they are.
 """
 
 from __future__ import annotations
@@ -47,16 +48,18 @@ class _Recipes:
 
     def clear(self) -> None:
         self._recipes = [CALLERS_OWN]
-        self._numbers: dict[Hashable, int] = {}
+        self._numbers: dict[Hashable, tuple[int, ...]] = {}
 
-    def number(self, key: Hashable, make: Callable[[], Recipe]) -> int:
+    def numbers(self, key: Hashable, make: Callable[[], Iterable[Recipe]]) -> tuple[int, ...]:
+        """Returns the numbers of the recipes that `make` makes, the first time that the key comes."""
         with self._lock:
             known = self._numbers.get(key)
         if known is None:
-            recipe = make()  # which may call upstream
+            made = list(make())  # which may call upstream
             with self._lock:
-                self._recipes.append(recipe)
-                known = self._numbers[key] = len(self._recipes) - 1
+                first = len(self._recipes)
+                self._recipes += made
+                known = self._numbers[key] = tuple(range(first, first + len(made)))
         return known
 
     def __getitem__(self, number: int) -> Recipe:
@@ -139,7 +142,7 @@ def _noted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     number = number_of(mask)
     written = repr(tuple("mask" if each is mask else each for each in args)), repr(kwargs)
 
-    def make() -> Recipe:
+    def make() -> list[Recipe]:
         before = recipes[number]
 
         def build(length: int, device: torch.device) -> Any:
@@ -147,20 +150,22 @@ def _noted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
             return None if made is None else func(*(made if each is mask else each for each in args), **kwargs)
 
         same = func.__name__ in ("__getitem__", "clone", "contiguous")  # sliced to the number of keys, which is all
-        return dataclasses.replace(before, build=build) if same else Recipe(build)
+        return [dataclasses.replace(before, build=build) if same else Recipe(build)]
 
-    return with_recipe(mask, recipes.number(("noted", func, number, *written), make))
+    (noted,) = recipes.numbers(("noted", func, number, *written), make)
+    return with_recipe(mask, noted)
 
 
 def noted_mask(batch: PackedBatch) -> Tensor:
-    """Returns what stands for the caller's own mask, (1, 1, 1, 1, 1, boundaries). Allocates nothing."""
-    return batch.boundaries[None, None, None, None, None, :].as_subclass(NotedMask)
+    """Returns what stands for the caller's own mask, (B, T, 1, boundaries, 1, T). Allocates nothing."""
+    rows, tokens = batch.position_ids.shape
+    return batch.boundaries[None, None, None, :, None, None].expand(rows, tokens, 1, -1, 1, tokens).as_subclass(NotedMask)
 
 
 def with_recipe(mask: Tensor, number: int) -> Tensor:
     """Returns the stand-in of the same batch with another recipe."""
     plain = mask.as_subclass(Tensor)
-    return plain[:, :, :1].expand(1, 1, number + 1, 1, 1, -1).as_subclass(NotedMask)
+    return plain[:, :, :1].expand(-1, -1, number + 1, -1, -1, -1).as_subclass(NotedMask)
 
 
 def is_noted(value: object) -> bool:
@@ -186,6 +191,7 @@ def number_of(mask: Tensor) -> int:
     return mask.as_subclass(Tensor).shape[2] - 1
 
 
-def batch_of(mask: Tensor, shape: tuple[int, int], device: torch.device) -> PackedBatch:
-    """Returns the batch that a stand-in carries; shape (B, T) and device are those of the layer's tokens."""
-    return batch_at_layer(mask.as_subclass(Tensor)[0, 0, 0, 0, 0], shape, device)
+def batch_of(mask: Tensor, device: torch.device) -> PackedBatch:
+    """Returns the batch that a stand-in carries; the device is that of the layer's tokens."""
+    plain = mask.as_subclass(Tensor)
+    return batch_at_layer(plain[0, 0, 0, :, 0, 0], (plain.shape[0], plain.shape[1]), device)

@@ -40,13 +40,17 @@ class Way:
 
 
 def ways_of(model: nn.Module) -> list[Way]:
-    """Returns the ways to try, the fastest first."""
+    """Returns the ways to try, the fastest first: by kernels, every attention per sequence, every layer per sequence.
+
+    The last is for layers that make a mask of their own from the one that they are handed (Gemma 2 until 4.52).
+    """
     models = tuple(each for each in pretrained_modules(model) if _takes_tokens(each))
     users = tuple(each for each in model.modules() if can_be_answered(each))
     others = frozenset(type(each) for each in _innermost(model) if each not in models)
     answered = frozenset(type(each) for each in users)
-    all_split = Way(models, (), others | answered)
-    return [Way(models, users, others - answered), all_split] if users else [all_split]
+    fast = [Way(models, users, others - answered)] if users else []
+    layers = frozenset(type(each) for each in _in_lists(model) if _takes_mask(each))
+    return [*fast, Way(models, (), others | answered), *([Way(models, (), layers)] if layers else [])]
 
 
 def parameter_names(module: nn.Module) -> list[str]:
@@ -67,6 +71,11 @@ def _innermost(model: nn.Module) -> list[nn.Module]:
     taking = [each for each in model.modules() if _takes_mask(each)]
     known = set(taking)
     return [each for each in taking if not any(child in known for child in each.modules() if child is not each)]
+
+
+def _in_lists(model: nn.Module) -> list[nn.Module]:
+    """Returns the layers of a model."""
+    return [layer for each in model.modules() if isinstance(each, nn.ModuleList) for layer in each]
 
 
 def _takes_mask(module: nn.Module) -> bool:

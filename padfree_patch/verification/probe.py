@@ -15,6 +15,7 @@ from ..seams.rotary import as_new
 from .dtypes import Dtypes
 from .entry import Entry
 from .first_leak import first_difference, first_leak
+from .untouched import states_put_back
 
 LENGTHS = (9, 8)
 """Tokens of examples A and B."""
@@ -55,7 +56,7 @@ class Probe:
     def logits(self, tokens: Tensor, **options: Tensor) -> Tensor:
         """Runs the model; gives its logits, or a decoder's hidden states."""
         # With rotaries as new: if they kept the longest sequence so far, it would decide how the others are rotated.
-        with as_new(self.model), self.autocast:
+        with as_new(self.model), states_put_back(self.model), self.autocast:
             return self._entry.call(tokens, **options)
 
     def alone(self, tokens: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters import why_not_packed
 from ..models import pretrained_modules
@@ -103,3 +103,14 @@ def _buffers_put_back(model: nn.Module) -> Iterator[None]:
             if not torch.equal(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)
+
+
+@contextmanager
+def states_put_back(model: nn.Module) -> Iterator[None]:
+    """Takes from modules what a call left at them, such as the state of a recurrence, for the next call to go on with."""
+    before = [(each, {k: v for k, v in vars(each).items() if v is None or isinstance(v, Tensor)}) for each in model.modules()]
+    try:
+        yield
+    finally:
+        for module, values in before:
+            vars(module).update(values)
