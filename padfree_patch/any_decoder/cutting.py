@@ -21,7 +21,12 @@ class Cutter:
     """Cuts the arguments of one call, and joins what the call gives for each sequence."""
 
     def __init__(
-        self, batch: PackedBatch, module: nn.Module, token_dims: Mapping[str, int] | None = None, *, scores: bool = False
+        self,
+        batch: PackedBatch,
+        module: nn.Module,
+        token_dims: Mapping[str, int] | None = None,
+        *,
+        scores: bool = False,
     ):
         """Takes whose call it is, and the dimensions of the tokens in arguments where they are known.
 

@@ -17,8 +17,8 @@ def check_decoder(model: nn.Module) -> None:
     who = f"{type(outermost).__name__} (model type {outermost.config.model_type!r})"
     if getattr(outermost.config, "is_encoder_decoder", False):
         raise PadfreeError(
-            f"{who} is an encoder-decoder (is_encoder_decoder of its config is True): its decoder reads another text, of "
-            "which a packed row would have several; train it on padded batches"
+            f"{who} is an encoder-decoder (is_encoder_decoder of its config is True): its decoder reads another text, "
+            "of which a packed row would have several; train it on padded batches"
         )
     try:
         seen = verification.sees_later_tokens(model)
@@ -26,11 +26,11 @@ def check_decoder(model: nn.Module) -> None:
         raise
     except Exception as error:
         raise PadfreeError(
-            f"{who} fails without padfree_patch too, on an ordinary call with one example: {error!r}. So it could not be "
-            "checked. Make such a call work first"
+            f"{who} fails without padfree_patch too, on an ordinary call with one example: {error!r}. So it could not "
+            "be checked. Make such a call work first"
         ) from error
     if seen is not None:
         raise PadfreeError(
-            f"{who} is not causal: alone and unpatched, an example's first tokens change by {seen:.2g} when its last one "
-            "does. Packed attention is causal; train it on padded batches"
+            f"{who} is not causal: alone and unpatched, an example's first tokens change by {seen:.2g} when its last "
+            "one does. Packed attention is causal; train it on padded batches"
         )

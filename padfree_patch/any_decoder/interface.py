@@ -1,7 +1,8 @@
 """Attention functions of transformers' interface (4.48 on) in a model that no patch is registered for.
 
 Plain ones are answered by a varlen backend: chunks are just shorter sequences. Of what is special (sinks, softcaps, a
-bias, a gate, an eager function that is not Llama's) nothing need be known: upstream's own function runs on each sequence.
+bias, a gate, an eager function that is not Llama's) nothing need be known: upstream's own function runs on each
+sequence.
 """
 
 from __future__ import annotations

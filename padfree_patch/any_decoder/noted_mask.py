@@ -1,8 +1,8 @@
 """A stand-in for the mask that notes what decoders do to it, so that it can be done to the mask of each sequence.
 
-Like `padfree_patch.seams.stand_in`, an int32 tensor whose values are `PackedBatch.boundaries`; here with six dimensions,
-(B, T, number + 1, boundaries, 1, T). Some decoders compare the first, second and last with the tokens; the third numbers
-a recipe. What a decoder does to a mask on its way to the layers (casts, `1 - mask`, slices to the number of keys)
+Like `padfree_patch.seams.stand_in`, an int32 tensor whose values are `PackedBatch.boundaries`; here with six
+dimensions, (B, T, number + 1, boundaries, 1, T). Some decoders compare the first, second and last with the tokens; the
+third numbers a recipe. What a decoder does to a mask on its way to the layers (casts, `1 - mask`, slices to the number of keys)
 makes another recipe; the values stay what they are.
 """
 
@@ -88,48 +88,12 @@ class NotedMask(Tensor):
             return func(*args, **kwargs)
 
 
-_NOTED = frozenset(
-    [
-        "to",
-        "bool",
-        "float",
-        "type",
-        "type_as",
-        "int",
-        "long",
-        "half",
-        "bfloat16",
-        "__rsub__",
-        "rsub",
-        "sub",
-        "__sub__",
-        "mul",
-        "__mul__",
-        "__rmul__",
-        "add",
-        "__add__",
-        "__radd__",
-        "__invert__",
-        "bitwise_not",
-        "logical_not",
-        "clone",
-        "contiguous",
-        "unsqueeze",
-        "eq",
-        "__eq__",
-        "ne",
-        "__ne__",
-        "lt",
-        "__lt__",
-        "gt",
-        "__gt__",
-        "masked_fill",
-        "__getitem__",
-        "view",
-        "reshape",
-        "expand",
-    ]
-)
+_CASTS = ("to", "bool", "float", "type", "type_as", "int", "long", "half", "bfloat16", "clone", "contiguous")
+_ARITHMETIC = ("rsub", "sub", "mul", "add", "__rsub__", "__sub__", "__mul__", "__rmul__", "__add__", "__radd__")
+_LOGIC = ("__invert__", "bitwise_not", "logical_not", "masked_fill")
+_COMPARISONS = ("eq", "ne", "lt", "gt", "__eq__", "__ne__", "__lt__", "__gt__")
+_VIEWS = ("__getitem__", "unsqueeze", "view", "reshape", "expand")
+_NOTED = frozenset((*_CASTS, *_ARITHMETIC, *_LOGIC, *_COMPARISONS, *_VIEWS))
 """Functions that make of a mask another one for the same tokens."""
 
 
@@ -159,7 +123,8 @@ def _noted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 def noted_mask(batch: PackedBatch) -> Tensor:
     """Returns what stands for the caller's own mask, (B, T, 1, boundaries, 1, T). Allocates nothing."""
     rows, tokens = batch.position_ids.shape
-    return batch.boundaries[None, None, None, :, None, None].expand(rows, tokens, 1, -1, 1, tokens).as_subclass(NotedMask)
+    values = batch.boundaries[None, None, None, :, None, None]
+    return values.expand(rows, tokens, 1, -1, 1, tokens).as_subclass(NotedMask)
 
 
 def with_recipe(mask: Tensor, number: int) -> Tensor:

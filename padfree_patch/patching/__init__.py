@@ -22,7 +22,7 @@ from .found import apply_found
 from .plan import count_layers, opt_in, plan
 from .state import State, remove_unused
 
-__all__ = ["IMPLEMENTATIONS", "applied", "apply", "is_applied", "places", "restore"]
+__all__ = ["IMPLEMENTATIONS", "applied", "apply", "is_applied", "places", "restore", "way_of"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -82,6 +82,11 @@ def applied(model: Model, *, backend: str = "auto", verify: bool = True) -> Iter
 def is_applied(model: nn.Module) -> bool:
     """Whether any module of the model is patched."""
     return any(OptIn.of(module) for module in model.modules())
+
+
+def way_of(model: nn.Module) -> str:
+    """Says how the examples of a patched model are kept apart if no patch is registered for it; empty if one is."""
+    return next((opt_in.way for module in model.modules() if (opt_in := OptIn.of(module))), "")
 
 
 def places(model: nn.Module) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from ..registry import Patch, patch_for
 from ..seams.kernel import recording_windows
 from ..seams.rotary import depends_on_length
 from ..verification import Verification
-from . import applied, is_applied, places, support
+from . import applied, is_applied, places, support, way_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Explanation:
     """Whether the model is patched now."""
     refused: str | None = None
     """Why apply would refuse the model, if so."""
+    way: str = ""
+    """How apply keeps examples apart, found in the model and verified; empty if a patch is registered for it."""
     tested: str | None = None
     """transformers versions that the patch was tested on."""
     table: str = "untested"
@@ -64,7 +66,10 @@ class Explanation:
             return "\n".join([*lines, f"  apply refuses it: {self.refused}"])
         if not self.patched and self.after is not None:
             lines.append(f"  after apply: {_verdict(self.after)}")
-        lines.append(f"  tested on transformers {self.tested}, in this version: {self.table}")
+        if self.way:
+            lines.append(f"  no patch is registered for {self.model_type}; found and verified: {self.way}")
+        else:
+            lines.append(f"  tested on transformers {self.tested}, in this version: {self.table}")
         lines += [f"  backend {name}: {word}" for name, word in self.backends.items()]
         lines.append(f"  backend of this model on its device: {self.backend}")
         if any(self.windows):
@@ -94,22 +99,21 @@ def explain(model: nn.Module) -> Explanation:
     try:
         patch = patch_for(model)
         facts["now"] = verification.verify(model)
-        with applied(model, verify=False):
+        with applied(model, verify=patch is None):
             facts["after"] = verification.verify(model)
             windows = _windows(model, patch, config) if not facts["after"].skipped else ()
-            wrapped = places(model)
+            facts["places"], facts["way"] = places(model), way_of(model)
     except PadfreeError as error:
         return Explanation(**facts, refused=str(error))
     needs = _needs(models[0], windows)
     return Explanation(
         **facts,
-        tested=patch.transformers,
-        table=support.status(facts["transformers"], patch.model_type, facts["implementation"]),
+        tested=patch and patch.transformers,
+        table=support.status(facts["transformers"], facts["model_type"], facts["implementation"]),
         backend=attention.select(needs).NAME,
         backends={backend.NAME: backend.refusal(needs) or "works" for backend in attention.BACKENDS},
         windows=windows,
         notes=tuple(_notes(model, config, windows, patch)),
-        places=wrapped,
     )
 
 
@@ -131,10 +135,10 @@ def _verdict(result: Verification) -> str:
 _SMALL_WINDOW = 4
 
 
-def _windows(model: nn.Module, patch: Patch, config: Any) -> tuple[int, ...]:
+def _windows(model: nn.Module, patch: Patch | None, config: Any) -> tuple[int, ...]:
     """Returns the window that each layer's kernel is called with, in a packed forward of the patched model."""
     configured = getattr(config, "sliding_window", None)
-    attentions = [module for module in model.modules() if patch.is_attention(module)]
+    attentions = [module for module in model.modules() if patch is not None and patch.is_attention(module)]
     # On flash-attn, versions before 4.43 apply a window to rows longer than it only, so to one that the probe exceeds.
     by_row = configured and any(hasattr(module, "_flash_attention_forward") for module in attentions)
     try:
@@ -155,7 +159,7 @@ def _needs(model: Any, windows: tuple[int, ...]) -> attention.Needs:
     return attention.Needs(weight.device.type, weight.dtype, head_dim, window=max(windows, default=0))
 
 
-def _notes(model: nn.Module, config: Any, windows: tuple[int, ...], patch: Patch) -> list[str]:
+def _notes(model: nn.Module, config: Any, windows: tuple[int, ...], patch: Patch | None) -> list[str]:
     notes = []
     configured = getattr(config, "sliding_window", None)
     odd = sorted({window for window in windows if window and window != configured})
@@ -169,6 +173,8 @@ def _notes(model: nn.Module, config: Any, windows: tuple[int, ...], patch: Patch
         notes.append(
             "the rotary depends on a length: each example of a packed row is rotated by its own, not the row's"
         )
+    if patch is None:
+        return notes
     if patch.quirks is not None:
         notes += patch.quirks(config)
     version = versions.transformers_version()

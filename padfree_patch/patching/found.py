@@ -46,8 +46,8 @@ def apply_found(model: nn.Module, backend: str, *, verify: bool) -> str | None:
                 break
             way = way.with_named(named)
     raise PadfreeError(
-        f"{type(pretrained_modules(model)[0]).__name__}: no patch is registered for it, and no way that was found keeps "
-        "its examples apart; it was put back as it was. Tried:\n" + "\n".join(failures)
+        f"{type(pretrained_modules(model)[0]).__name__}: no patch is registered for it, and no way that was found "
+        "keeps its examples apart; it was put back as it was. Tried:\n" + "\n".join(failures)
     )
 
 

@@ -52,7 +52,7 @@ def check_class_found(patch: Patch, model: nn.Module, wanted: str, found: tuple[
         )
 
 
-def check_takes(patch: Patch, module: nn.Module, *names: str) -> None:
+def check_takes(patch: Patch | None, module: nn.Module, *names: str) -> None:
     """Raises PadfreeError unless the forward has the parameters, or if something on the instance hides the class's."""
     if OptIn.of(module) is not None:
         return
@@ -85,9 +85,9 @@ def class_named(module: nn.Module, name: str) -> type:
     return next(base for base in type(module).__mro__ if base.__name__ == name)
 
 
-def changed(patch: Patch, what: str) -> PadfreeError:
+def changed(patch: Patch | None, what: str) -> PadfreeError:
     """Returns the error for upstream's code that is not what the patch was made for."""
-    return PadfreeError(
-        f"{patch.model_type}: {what} in transformers {versions.transformers_version()} "
-        f"(patch tested on {patch.transformers})"
-    )
+    here = f"{what} in transformers {versions.transformers_version()}"
+    if patch is None:
+        return PadfreeError(here)
+    return PadfreeError(f"{patch.model_type}: {here} (patch tested on {patch.transformers})")

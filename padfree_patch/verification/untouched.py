@@ -108,7 +108,9 @@ def _buffers_put_back(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def states_put_back(model: nn.Module) -> Iterator[None]:
     """Takes from modules what a call left at them, such as the state of a recurrence, for the next call to go on with."""
-    before = [(each, {k: v for k, v in vars(each).items() if v is None or isinstance(v, Tensor)}) for each in model.modules()]
+    before = [
+        (each, {k: v for k, v in vars(each).items() if v is None or isinstance(v, Tensor)}) for each in model.modules()
+    ]
     try:
         yield
     finally:
