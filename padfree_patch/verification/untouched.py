@@ -107,12 +107,14 @@ def _buffers_put_back(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def states_put_back(model: nn.Module) -> Iterator[None]:
-    """Takes from modules what a call left at them, such as the state of a recurrence, for the next call to go on with."""
-    before = [
-        (each, {k: v for k, v in vars(each).items() if v is None or isinstance(v, Tensor)}) for each in model.modules()
-    ]
+    """Takes from modules what a call left at them for the next one to go on with, such as a recurrence's state."""
+    before = [(module, _plain_values(module)) for module in model.modules()]
     try:
         yield
     finally:
         for module, values in before:
             vars(module).update(values)
+
+
+def _plain_values(module: nn.Module) -> dict[str, Tensor | None]:
+    return {name: value for name, value in vars(module).items() if value is None or isinstance(value, Tensor)}
