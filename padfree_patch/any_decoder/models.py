@@ -46,7 +46,7 @@ def answer(call: Call) -> Any:
     if batch is None:
         with found_ordinary(call):
             return proceed(call)
-    with answering(call.module), running(batch=batch):
+    with answering(call.module, batch), running(batch=batch):
         return call.proceed()
 
 

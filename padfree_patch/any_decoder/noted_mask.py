@@ -2,8 +2,8 @@
 
 Like `padfree_patch.seams.stand_in`, an int32 tensor whose values are `PackedBatch.boundaries`; here with six
 dimensions, (B, T, number + 1, boundaries, 1, T). Some decoders compare the first, second and last with the tokens; the
-third numbers a recipe. What a decoder does to a mask on its way to the layers (casts, `1 - mask`, slices to the number of keys)
-makes another recipe; the values stay what they are.
+third numbers a recipe. What a decoder does to a mask on its way to the layers (casts, `1 - mask`, slices to the number
+of keys) makes another recipe; the values stay what they are.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def explain(model: nn.Module) -> Explanation:
     needs = _needs(models[0], windows)
     return Explanation(
         **facts,
-        tested=patch and patch.transformers,
+        tested=patch.transformers if patch is not None else None,
         table=support.status(facts["transformers"], facts["model_type"], facts["implementation"]),
         backend=attention.select(needs).NAME,
         backends={backend.NAME: backend.refusal(needs) or "works" for backend in attention.BACKENDS},

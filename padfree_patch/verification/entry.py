@@ -61,20 +61,18 @@ class Entry:
         shapes = ", ".join(str(tuple(each.shape)) for each in results) or "none"
         raise self._refusal(f"gives, for tokens of shape {tuple(tokens.shape)}, tensors of other shapes: {shapes}")
 
-    def _accepted(self, options: dict[str, Tensor], device: torch.device) -> dict[str, Tensor | bool]:
+    def _accepted(self, options: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Returns what the forward takes; positions that it does not take become segment numbers in the mask."""
-        given: dict[str, Tensor | bool] = {name: value for name, value in options.items() if self._takes(name)}
+        given = {name: value for name, value in options.items() if self._takes(name)}
         if "position_ids" in options and "position_ids" not in given:
             if not self._takes("attention_mask"):
                 raise self._refusal(f"takes {', '.join(self._parameters)}, and nothing that says where examples end")
             given["attention_mask"] = (options["position_ids"] == 0).cumsum(1)
-        if "use_cache" in self._parameters:  # some recurrent models keep a cache of their own from call to call
-            given["use_cache"] = False
         if self._has_tasks:
             given["task_ids"] = torch.zeros(1, dtype=torch.int64, device=device)
         return given
 
-    def _run(self, tokens: Tensor, options: dict[str, Tensor | bool]) -> object:
+    def _run(self, tokens: Tensor, options: dict[str, Tensor]) -> object:
         with self._graph_cut_at_embeddings():
             if self._by_ids:
                 output = self._model(input_ids=tokens, **options)

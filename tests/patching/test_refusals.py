@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 
 import pytest
 import torch
@@ -100,7 +99,7 @@ def test_unverifiable_model_is_patched_with_a_warning():
 )
 def test_changed_upstream_is_refused(llama, monkeypatch, change, message):
     patch = dataclasses.replace(registry().get("llama"), **change)
-    monkeypatch.setattr(sys.modules["padfree_patch.patching.plan"], "patch_for", lambda model: patch)
+    monkeypatch.setattr(patching, "patch_for", lambda model: patch)
     before = snapshot(llama)
     with pytest.raises(PadfreeError, match=message) as caught:
         padfree_patch.apply(llama)

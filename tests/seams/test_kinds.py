@@ -68,7 +68,8 @@ def test_new_kind_is_planned_installed_and_taken_out(llama, doubling):
     x = torch.randn(1, 3, llama.config.hidden_size, generator=torch.Generator().manual_seed(0))
     alone = mlp(x)
     (seam,) = doubling.find(llama, registry().get("llama")).seams
-    assert seam in plan(llama).seams and mlp in plan(llama).modules
+    planned = plan(llama, registry().get("llama"))
+    assert seam in planned.seams and mlp in planned.modules
     padfree_patch.apply(llama, verify=False)
     assert str(seam) in patching.places(llama)
     assert torch.equal(mlp(x), 2 * alone)
