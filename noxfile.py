@@ -247,14 +247,18 @@ def _matrix(session: nox.Session, *options: str) -> None:
 
 @nox.session
 def upstream(session: nox.Session) -> None:
-    """transformers' own model tests, with and without apply: `-- CHECKOUT [pytest options]`, at a version's tag."""
+    """transformers' own model tests, with and without apply: `-- CHECKOUT [--page] [files and options of pytest]`."""
     if not session.posargs:
         session.error("which checkout of transformers? nox -s upstream -- CHECKOUT [pytest options]")
-    tool = "tools/upstream_tests.py"
-    session.install("-e", ".[test]", TORCH)
-    version = session.run("python", tool, "--version", session.posargs[0], silent=True).split()[-1]
-    beside = BESIDE.get(version, ["numpy<2" if version.startswith("4") else "numpy", "accelerate"])
-    session.install("-e", ".[test]", TORCH, f"transformers=={version}", *beside, "parameterized")
+    tool, checkout = "tools/upstream_tests.py", session.posargs[0]
+    session.install("-e", ".", TORCH)
+    with tempfile.TemporaryDirectory() as folder:
+        found = session.run("python", tool, "--needs", checkout, folder, silent=True)
+        version, *needed = found.splitlines()[-1].split()
+        minor = version.split(".dev")[0].rpartition(".")[0] + "."
+        of_its_time = [beside for each, beside in BESIDE.items() if each.startswith(minor)]
+        beside = of_its_time[0] if of_its_time else ["numpy<2" if version.startswith("4") else "numpy", "accelerate"]
+        session.install("-e", ".", TORCH, *needed, *beside, "pytest-xdist", "parameterized")
     session.run("python", tool, *session.posargs, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
 
 
