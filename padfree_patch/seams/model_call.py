@@ -16,7 +16,7 @@ from ..wrapping.call import Call, takes_unnamed
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import Answer, Seam, is_wrapper, original_of
 from .found_ordinary import is_found_ordinary
-from .full_rows import look_at_bare_call
+from .full_rows import look_at_bare_call, settle
 from .jump import say_jump
 from .stand_in import is_stand_in
 from .tracing import check_not_traced, is_exporting, is_jit_tracing, readable, reading
@@ -93,6 +93,8 @@ def take_batch(call: Call) -> PackedBatch | None:
         return None
     batch = (None if lengths else _handed_on(call)) or _read(call, lengths)
     if batch is None:
+        if lengths:
+            settle(call.module)
         return None
     _check_result(call)
     _check_if_first(call.module)
