@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import shutil
@@ -147,8 +148,10 @@ def check(session: nox.Session) -> None:
 def fuzz(session: nox.Session) -> None:
     """The fuzzers at length and at random, on the newest version; `-- --examples 500 -k dialects` is less."""
     session.install("-e", ".[test]", *pins(VERSIONS[-1]))
-    arguments = session.posargs if "--examples" in session.posargs[:1] else ["--examples", "3000", *session.posargs]
-    session.run("pytest", "-n2", "tests/fuzz", *arguments[2:], env={**ALONE, "PADFREE_FUZZ_EXAMPLES": arguments[1]})
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--examples", type=int, default=3000)
+    asked, others = parser.parse_known_args(session.posargs)
+    session.run("pytest", "-n2", "tests/fuzz", *others, env={**ALONE, "PADFREE_FUZZ_EXAMPLES": str(asked.examples)})
 
 
 @nox.session
