@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -17,9 +17,8 @@ from ..registry import Patch
 from ..seams.answers import patched_layers
 from ..seams.decoder import IMPLEMENTATIONS
 from ..wrapping.opt_in import OptIn
-from ..wrapping.seam import lock
-from .added_adapters import verify_added_adapters
-from .first_call import verify_at_first_call
+from ..wrapping.seam import installed, lock
+from .later import verify_later
 from .plan import Plan, plan
 from .state import State, remove_unused
 
@@ -45,11 +44,10 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
     planned = plan(model)
     before = State(model)
     try:
-        _opt_in(planned, list(before.opt_ins.values()), backend)
+        _opt_in(planned, before.opt_ins, backend)
         verified = verify and _verify(planned.patch, model)
         _report_if_untested(planned.patch, verified=verified)
-        _remember_adapters(model, verify=verify)
-        _check_later(model, verify_at_first_call if verify and not verified else None)
+        _remember(model, verify=verify, verified=verified)
     except BaseException:
         before.put_back()
         raise
@@ -77,17 +75,17 @@ def applied(model: Model, *, backend: str = "auto", verify: bool = True) -> Iter
 
 def is_applied(model: nn.Module) -> bool:
     """Whether any module of the model is patched."""
-    return any(OptIn.of(module) for module in model.modules())
+    return bool(OptIn.all_in(model))
 
 
 def places(model: nn.Module) -> tuple[str, ...]:
     """Returns the functions that are wrapped for a patched model, as dotted names."""
-    seams = {seam for module in model.modules() if (opt_in := OptIn.of(module)) for seam in opt_in.seams}
-    return tuple(sorted(str(seam) for seam in seams))
+    seams = {seam for opt_in in OptIn.all_in(model).values() for seam in opt_in.seams}
+    return tuple(sorted(str(seam) for seam in seams if seam in installed))
 
 
-def _opt_in(planned: Plan, before: list[OptIn], backend: str) -> None:
-    new = [module for module in planned.modules if OptIn.of(module) is None]
+def _opt_in(planned: Plan, already: dict[nn.Module, OptIn], backend: str) -> None:
+    new = [module for module in planned.modules if module not in already]
     with lock:  # or another thread's restore could find the seams unused in between
         # Before the seams: garbage that is collected in between takes out those that nobody needs.
         opt_ins = [OptIn(planned.patch.model_type, backend, planned.seams) for _ in new]
@@ -95,26 +93,21 @@ def _opt_in(planned: Plan, before: list[OptIn], backend: str) -> None:
             seam.install()
         for module, opt_in in zip(new, opt_ins):
             opt_in.attach(module)
-        for opt_in in before:
+        for opt_in in already.values():
             opt_in.backend, opt_in.seams = backend, planned.seams
     for decoder in planned.modules:
         if (opt_in_of_it := OptIn.of(decoder)) and planned.patch.is_decoder(decoder):
             opt_in_of_it.layers = len(patched_layers(decoder, planned.patch))
 
 
-def _remember_adapters(model: nn.Module, *, verify: bool) -> None:
-    """Notes which adapters were there; those that come later are checked at their first packed call."""
-    there = {adapters_of(module) for module in model.modules()}
-    for module in model.modules():
-        if opt_in := OptIn.of(module):
-            opt_in.check = verify_added_adapters if verify else None
-            opt_in.checked_adapters |= there
-
-
-def _check_later(model: nn.Module, check: Callable[[nn.Module], None] | None) -> None:
-    for module in model.modules():
-        if opt_in := OptIn.of(module):
-            opt_in.first_check = check
+def _remember(model: nn.Module, *, verify: bool, verified: bool) -> None:
+    """Notes what was checked: the model with the adapters that it has now, or nothing, which is then checked later."""
+    there = [adapters_of(module) for module in model.modules()]
+    for opt_in in OptIn.all_in(model).values():
+        opt_in.check = verify_later if verify else None
+        opt_in.pending = verify and not verified
+        for adapters in there if verified else ():
+            opt_in.note_checked(adapters)
 
 
 def _report_if_untested(patch: Patch, *, verified: bool) -> None:
@@ -161,8 +154,8 @@ def _verify(patch: Patch, model: nn.Module) -> bool:
 
 def _raise_if_upstream_fails(model: nn.Module) -> None:
     """Raises PadfreeError if the model can't run one example alone either, as it is without its patches."""
-    patched = [(module, opt_in) for module in model.modules() if (opt_in := OptIn.of(module))]
-    for module, _ in patched:
+    patched = OptIn.all_in(model)
+    for module in patched:
         OptIn.detach(module)
     try:
         verification.run_alone(model)
@@ -174,5 +167,5 @@ def _raise_if_upstream_fails(model: nn.Module) -> None:
             "verify=False if the model can run only later"
         ) from error
     finally:
-        for module, opt_in in patched:
+        for module, opt_in in patched.items():
             opt_in.attach(module)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters import adapters_of, check_adapters
+from ..adapters import Adapters, adapters_of, why_own_not_packed
 from ..batch.lengths import LENGTH_ARGUMENTS
 from ..batch.packed_batch import PackedBatch, batch_of_copy, read_batch
 from ..errors import PadfreeError
@@ -53,18 +54,22 @@ def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return True
 
 
-def seams_of(model: nn.Module, answer: Answer, entry: Answer, shown: tuple[str, ...] = ()) -> set[Seam]:
+def seams_of(
+    model: nn.Module, answer: Answer, entry: Answer, shown: Callable[[type], tuple[str, ...]] = lambda _: ()
+) -> set[Seam]:
     """Returns the seams of a model's forward, and of `__call__`, which reaches us if somebody replaces the forward.
 
-    Of a forward that takes its arguments as `*args`, the next one among the bases as well, which names them.
+    Of a forward that takes its arguments as `*args`, the next one among the bases as well, which names them. `shown`
+    says what the signature of a class's forward shows beside its own: the same for every model that has the class.
     """
-    found = {Seam(type(model), "forward", concerns, answer, shown), Seam(type(model), "__call__", concerns, entry)}
     forwards = [base for base in type(model).__mro__ if "forward" in vars(base)]
+    entered = [type(model)]
     for base, below in itertools.pairwise(forwards):
         if not takes_unnamed(original_of(vars(base)["forward"])):
             break
-        found.add(Seam(below, "forward", concerns, answer))
-    return found
+        entered.append(below)
+    seams = {Seam(each, "forward", concerns, answer, shown(each)) for each in entered}
+    return seams | {Seam(type(model), "__call__", concerns, entry)}
 
 
 @torch.compiler.disable(recursive=False)
@@ -97,9 +102,8 @@ def take_batch(call: Call) -> PackedBatch | None:
             settle(call.module)
         return None
     _check_result(call)
-    _check_if_first(call.module)
+    check_what_is_new(call.module)
     say_jump(call.module, batch)
-    check_active_adapters(call.module)
     call.arguments["position_ids"] = batch.position_ids
     for name in CACHE_ARGUMENTS:
         call.arguments.pop(name, None)
@@ -131,33 +135,41 @@ def _is_upstreams(call: Call) -> bool:
     return id(call.module) in under_way.generating or "write_index" in arguments
 
 
-def _check_if_first(module: nn.Module) -> None:
-    """Checks at its first packed training call what `apply` could not check of a model, and raises what it finds."""
-    opt_in = OptIn.of(module)
-    if opt_in is None or opt_in.first_check is None or opt_in.being_checked:
-        return
-    if module.training and torch.is_grad_enabled():
-        opt_in.first_check(module)
-
-
 def batch_of_call(call: Call) -> PackedBatch | None:
     """Returns the packed batch of a call, or None if it is ordinary. The call's arguments stay as they are."""
     looked_at = call.changed()
     return _read(looked_at, _take_lengths(looked_at.arguments))
 
 
-def check_active_adapters(module: nn.Module) -> None:
-    """Checks the active adapters of a module that is called with a packed row, unless they were checked before.
+def check_what_is_new(module: nn.Module) -> None:
+    """Checks what was not checked before of a model that is called with a packed row: its adapters, or its weights.
 
-    Raises PadfreeError if they can't serve one.
+    Raises PadfreeError if the adapters can't serve a packed row, or what the check finds, at every such call.
     """
     opt_in, adapters = OptIn.of(module), adapters_of(module)
-    if opt_in is None or opt_in.has_checked(adapters):
+    if opt_in is None or opt_in.being_checked:
         return
-    check_adapters(module)
-    if opt_in.check is not None:
+    if reason := why_own_not_packed(module, adapters):
+        raise PadfreeError(reason)
+    if opt_in.check is not None and _is_new(module, opt_in, adapters):
         opt_in.check(module)
-    opt_in.checked_adapters |= {adapters_of(each) for each in module.modules()}
+        for each in OptIn.all_in(module).values():
+            each.note_checked(adapters)
+
+
+def _is_new(module: nn.Module, opt_in: OptIn, adapters: Adapters) -> bool:
+    """Whether something was not checked; weights that were not there before are waited for until they are trained."""
+    return module.training and torch.is_grad_enabled() if opt_in.pending else opt_in.must_check(adapters)
+
+
+def has_something_new(module: nn.Module) -> bool:
+    """Whether there is something to be checked if the call of a module, patched or around a patched one, is packed."""
+    opt_in, adapters = OptIn.of(module), adapters_of(module)
+    if opt_in is None or opt_in.being_checked:
+        return False
+    if why_own_not_packed(module, adapters) is not None:
+        return True
+    return opt_in.check is not None and _is_new(module, opt_in, adapters)
 
 
 def _take_lengths(arguments: dict[str, Any]) -> dict[str, Any]:
