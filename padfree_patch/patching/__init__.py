@@ -11,7 +11,6 @@ from typing import TypeVar
 from torch import nn
 
 from .. import attention, verification, versions
-from ..adapters import adapters_of
 from ..errors import PadfreeError
 from ..registry import Patch
 from ..seams.answers import patched_layers
@@ -102,12 +101,11 @@ def _opt_in(planned: Plan, already: dict[nn.Module, OptIn], backend: str) -> Non
 
 def _remember(model: nn.Module, *, verify: bool, verified: bool) -> None:
     """Notes what was checked: the model with the adapters that it has now, or nothing, which is then checked later."""
-    there = [adapters_of(module) for module in model.modules()]
     for opt_in in OptIn.all_in(model).values():
         opt_in.check = verify_later if verify else None
         opt_in.pending = verify and not verified
-        for adapters in there if verified else ():
-            opt_in.note_checked(adapters)
+    if verified:
+        OptIn.note_checked(model)
 
 
 def _report_if_untested(patch: Patch, *, verified: bool) -> None:

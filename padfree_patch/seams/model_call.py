@@ -153,8 +153,7 @@ def check_what_is_new(module: nn.Module) -> None:
         raise PadfreeError(reason)
     if opt_in.check is not None and _is_new(module, opt_in, adapters):
         opt_in.check(module)
-        for each in OptIn.all_in(module).values():
-            each.note_checked(adapters)
+        OptIn.note_checked(module)
 
 
 def _is_new(module: nn.Module, opt_in: OptIn, adapters: Adapters) -> bool:

@@ -17,7 +17,7 @@ from packaging.version import Version
 from torch import nn
 
 from .. import versions
-from ..adapters import Adapters, are_same
+from ..adapters import Adapters, adapters_of, are_same
 from ..errors import PadfreeError
 from .seam import ORIGINAL, Seam, installed, lock, waiting
 
@@ -50,12 +50,6 @@ class OptIn:
         """Whether a packed call with these adapters is to be checked first."""
         return bool(adapters) and not any(are_same(adapters, each) for each in self.checked)
 
-    def note_checked(self, adapters: Adapters) -> None:
-        """Notes that the model was checked with these adapters."""
-        self.pending = False
-        if self.must_check(adapters):
-            self.checked = (*self.checked, adapters)
-
     @staticmethod
     def of(module: nn.Module) -> OptIn | None:
         """Returns the OptIn of a module, or None if it is not patched. Of PEFT's models, that of the model inside."""
@@ -68,6 +62,16 @@ class OptIn:
         """Returns what every patched module of a model has opted in with; wrappers around one are none themselves."""
         found = ((module, vars(module).get(ATTRIBUTE)) for module in model.modules())
         return {module: opt_in for module, opt_in in found if opt_in is not None}
+
+    @staticmethod
+    def note_checked(model: nn.Module) -> None:
+        """Notes that a model was checked as it is now, with the adapters that each of its modules has."""
+        there = [adapters_of(module) for module in model.modules()]
+        for opt_in in OptIn.all_in(model).values():
+            opt_in.pending = False
+            for adapters in there:
+                if opt_in.must_check(adapters):
+                    opt_in.checked = (*opt_in.checked, adapters)
 
     def attach(self, module: nn.Module) -> None:
         own = vars(module)
