@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import shutil
@@ -147,8 +148,10 @@ def check(session: nox.Session) -> None:
 def fuzz(session: nox.Session) -> None:
     """The fuzzers at length and at random, on the newest version; `-- --examples 500 -k dialects` is less."""
     session.install("-e", ".[test]", *pins(VERSIONS[-1]))
-    arguments = session.posargs if "--examples" in session.posargs[:1] else ["--examples", "3000", *session.posargs]
-    session.run("pytest", "-n2", "tests/fuzz", *arguments[2:], env={**ALONE, "PADFREE_FUZZ_EXAMPLES": arguments[1]})
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--examples", type=int, default=3000)
+    asked, others = parser.parse_known_args(session.posargs)
+    session.run("pytest", "-n2", "tests/fuzz", *others, env={**ALONE, "PADFREE_FUZZ_EXAMPLES": str(asked.examples)})
 
 
 @nox.session
@@ -247,14 +250,18 @@ def _matrix(session: nox.Session, *options: str) -> None:
 
 @nox.session
 def upstream(session: nox.Session) -> None:
-    """transformers' own model tests, with and without apply: `-- CHECKOUT [pytest options]`, at a version's tag."""
+    """transformers' own model tests, with and without apply: `-- CHECKOUT [--page] [files and options of pytest]`."""
     if not session.posargs:
         session.error("which checkout of transformers? nox -s upstream -- CHECKOUT [pytest options]")
-    tool = "tools/upstream_tests.py"
-    session.install("-e", ".[test]", TORCH)
-    version = session.run("python", tool, "--version", session.posargs[0], silent=True).split()[-1]
-    beside = BESIDE.get(version, ["numpy<2" if version.startswith("4") else "numpy", "accelerate"])
-    session.install("-e", ".[test]", TORCH, f"transformers=={version}", *beside, "parameterized")
+    tool, checkout = "tools/upstream_tests.py", session.posargs[0]
+    session.install("-e", ".", TORCH)
+    with tempfile.TemporaryDirectory() as folder:
+        found = session.run("python", tool, "--needs", checkout, folder, silent=True)
+        version, *needed = found.splitlines()[-1].split()
+        minor = version.split(".dev")[0].rpartition(".")[0] + "."
+        of_its_time = [beside for each, beside in BESIDE.items() if each.startswith(minor)]
+        beside = of_its_time[0] if of_its_time else ["numpy<2" if version.startswith("4") else "numpy", "accelerate"]
+        session.install("-e", ".", TORCH, *needed, *beside, "pytest-xdist", "parameterized")
     session.run("python", tool, *session.posargs, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
 
 

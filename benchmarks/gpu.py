@@ -6,7 +6,7 @@
 It needs no network. "packed" is the padding-free step; every kind of step gets the same examples in turn, and new ones
 every round. Errors are of bfloat16 against float32 on the CPU, over those that upstream makes on each example alone.
 docs/benchmarks/gpu.json is written after each section, so that a run that is cut off leaves what it measured, and keeps
-the sections of an earlier run on the same card that this one leaves out.
+the sections of an earlier run, on the same card with the same libraries, that this one leaves out.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main(
     found: dict[str, Any] = {"environment": {**environment(), "card": card, "cuda": torch.version.cuda}}
     found["backends"] = {each.NAME: each.refusal(needs(device)) for each in attention.BACKENDS}
     print(json.dumps({name: found[name] for name in ("environment", "backends")}, indent=1), flush=True)
-    found |= earlier(card)
+    found |= earlier(found["environment"])
     names = [name for name, refusal in found["backends"].items() if refusal is None]
     for section in sections:
         if section == "exactness":
@@ -74,11 +74,12 @@ def main(
         print(json.dumps(found[section], indent=1), flush=True)
 
 
-def earlier(card: str) -> dict[str, Any]:
-    """Returns the sections that an earlier run left, if it was on the same card."""
+def earlier(here: dict[str, Any]) -> dict[str, Any]:
+    """Returns the sections that an earlier run left, if it was on the same card with the same libraries."""
     file = RESULTS / "gpu.json"
     before = json.loads(file.read_text()) if file.exists() else {}
-    same = before.get("environment", {}).get("card") == card
+    there = before.get("environment", {})
+    same = all(there.get(name) == here[name] for name in ("card", "torch", "cuda", "transformers"))
     return {name: before[name] for name in SECTIONS if same and name in before}
 
 

@@ -202,7 +202,7 @@ def overhead_table(calls: dict[str, dict[str, Any]]) -> str:
 def gpu_values(found: dict[str, Any]) -> dict[str, Any]:
     kinds = sorted(found["steps"][0]["rounds"][0]["found"], key=lambda kind: kind.split(", ")[::-1])
     sizes = [f"{run['width']}, batch {run['batch_size']}" for run in found["steps"]]
-    largest = found["steps"][1]
+    largest = max(found["steps"], key=lambda run: (run["width"], run["batch_size"]))
     rows = [
         (
             kind.replace("packed", "**padding-free**"),
@@ -217,11 +217,22 @@ def gpu_values(found: dict[str, Any]) -> dict[str, Any]:
         **{f"gpu_{name}": found["environment"][name] for name in ("card", "torch", "transformers", "cuda")},
         "gpu_layers": largest["layers"],
         "gpu_steps": table(("step, milliseconds", *sizes, "peak GiB", "kernels", "syncs"), rows),
-        "gpu_counted": sizes[1],
+        "gpu_counted": f"{largest['width']}, batch {largest['batch_size']}",
         "gpu_models": ", ".join(dict.fromkeys(each["model"] for each in ratios)),
         "gpu_smallest": f"{min(min(each['logits'], each['gradients']) for each in ratios):.2f}",
         "gpu_largest": f"{max(max(each['logits'], each['gradients']) for each in ratios):.2f}",
         "gpu_attention": gpu_attention_table(found["exactness"]["attention"]),
+        "gpu_compiled": table(
+            ("backend", "as it is, ms", "compiled, ms", "largest difference of the loss"),
+            (
+                (
+                    each["backend"],
+                    *(f"{1e3 * each[name]:.1f}" for name in ("seconds", "compiled_seconds")),
+                    f"{each['largest_difference_of_loss']:.1e}",
+                )
+                for each in found["compiled"]
+            ),
+        ),
     }
 
 

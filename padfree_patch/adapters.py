@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 
 from .errors import PadfreeError
 
-Adapters = tuple[tuple[str, str], ...]
-"""Name and class of the config of every active adapter."""
+Adapters = tuple[tuple[str, object], ...]
+"""Name and config of every active adapter."""
 
 _PER_BATCH = {
     "LILY": "weighs its experts by their mean over all tokens of a batch, so that examples mix in padded batches too; "
@@ -21,33 +21,41 @@ _ON_PADDED = "train it on padded batches"
 
 
 def active_configs(module: nn.Module) -> dict[str, object]:
-    """Returns the configs of the adapters that are active in a PEFT model, or in a model with adapters, by name."""
+    """Returns the configs of the adapters that are active in a PEFT model, or in a model with adapters, by name.
+
+    Those that are disabled or merged are not.
+    """
     configs = getattr(module, "peft_config", None)
     if not isinstance(configs, Mapping):
         return {}
+    layer = _first_layer(module)
+    if getattr(layer, "disable_adapters", False) is True or getattr(layer, "merged", False) is True:
+        return {}
     active = getattr(module, "active_adapter", None)  # of a PEFT model; a transformers model has a method of that name
     if not isinstance(active, (str, list)):
-        active = _active_in_layers(module)
-    names = [active] if isinstance(active, str) else active
+        active = getattr(layer, "active_adapters", None)
+    names = [active] if isinstance(active, str) else active if isinstance(active, list) else []
     return {name: configs[name] for name in names if name in configs}
 
 
-def _active_in_layers(module: nn.Module) -> list[str]:
-    """Returns which adapters the first layer with adapters uses; none, if they were all taken out again."""
-    for each in module.modules():
-        if hasattr(each, "base_layer") and isinstance(active := getattr(each, "active_adapters", None), list):
-            return active
-    return []
+def _first_layer(module: nn.Module) -> nn.Module | None:
+    """Returns the first layer with adapters, which are the same in all; None, if they were all taken out again."""
+    return next((each for each in module.modules() if "base_layer" in each._modules), None)
 
 
 def adapters_of(module: nn.Module) -> Adapters:
     """Returns what tells the active adapters of a module from others; empty without any."""
-    return tuple((name, type(config).__name__) for name, config in active_configs(module).items())
+    return tuple(active_configs(module).items())
+
+
+def are_same(some: Adapters, others: Adapters) -> bool:
+    """Whether adapters are the very same. One that came later under the same name has another config."""
+    return len(some) == len(others) and all(a == b and one is two for (a, one), (b, two) in zip(some, others))
 
 
 def needs_task_ids(model: nn.Module) -> bool:
     """Whether an active adapter asks for the number of a task for each row (Poly)."""
-    return any(_method(config) == "POLY" for _, config in _all_active(model))
+    return any(_method(config) == "POLY" for module in model.modules() for _, config in adapters_of(module))
 
 
 def takes_labels_past_the_head(module: nn.Module) -> bool:
@@ -57,7 +65,13 @@ def takes_labels_past_the_head(module: nn.Module) -> bool:
 
 def why_not_packed(model: nn.Module) -> str | None:
     """Says which active adapter in a model can't serve a packed row, why, and what to do; None if each can."""
-    for module, config in _all_active(model):
+    reasons = (why_own_not_packed(module, adapters_of(module)) for module in model.modules())
+    return next((reason for reason in reasons if reason), None)
+
+
+def why_own_not_packed(module: nn.Module, adapters: Adapters) -> str | None:
+    """Says the same of a module's own active adapters."""
+    for _, config in adapters:
         if what := _what_it_does_to_rows(config):
             return f"{type(module).__name__} with {type(config).__name__} {what}"
     return None
@@ -67,12 +81,6 @@ def check_adapters(model: nn.Module) -> None:
     """Raises PadfreeError if an active adapter in a model can't serve a packed row."""
     if reason := why_not_packed(model):
         raise PadfreeError(reason)
-
-
-def _all_active(model: nn.Module) -> Iterator[tuple[nn.Module, object]]:
-    for module in model.modules():
-        for config in active_configs(module).values():
-            yield module, config
 
 
 def _method(config: object) -> str:

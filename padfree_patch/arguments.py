@@ -76,11 +76,20 @@ def whole_numbers(values: Iterable[object], name: str) -> Integers:
     return array.astype(np.int64)
 
 
+def has_truth_values(values: Iterable[object]) -> bool:
+    """Whether a truth value is among values: numpy and torch would make 1 of it beside numbers."""
+    kinds = set(map(type, values))
+    return not kinds.isdisjoint((bool, np.bool_)) or (
+        torch.Tensor in kinds and any(isinstance(each, torch.Tensor) and each.dtype == torch.bool for each in values)
+    )
+
+
 def _as_array(values: object, name: str) -> npt.NDArray[np.generic]:
     """Returns an array (N,), of objects if the values are not all numbers."""
     if isinstance(values, torch.Tensor):
         try:
-            values = (values.float() if values.is_floating_point() else values).numpy(force=True)
+            values = values.detach().cpu()
+            values = (values.double() if values.is_floating_point() else values).numpy()
         except (TypeError, RuntimeError) as error:  # sparse, or on the meta device
             raise PadfreeError(
                 f"{name} must be a list of whole numbers, found a tensor without them: {error}"
@@ -90,7 +99,7 @@ def _as_array(values: object, name: str) -> npt.NDArray[np.generic]:
     if not isinstance(values, np.ndarray):
         values = list(values)
         try:
-            values = np.asarray(values)
+            values = np.asarray(values, dtype=object if has_truth_values(values) else None)
         except (ValueError, TypeError, RuntimeError):  # lists of several lengths, tensors of several values
             values = np.fromiter(values, dtype=object)
     if values.ndim != 1:

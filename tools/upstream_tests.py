@@ -1,10 +1,12 @@
 """Runs transformers' own model tests without and with `apply`, and compares them test by test; `nox -s upstream`.
 
-python tools/upstream_tests.py CHECKOUT [PYTEST OPTION...]     the models that there are patches for, or the paths given
-python tools/upstream_tests.py --version CHECKOUT              which transformers a checkout is
+python tools/upstream_tests.py CHECKOUT [--page] [PYTEST OPTION...]    the models that there are patches for, or the
+                                                                       paths given; --page adds them to the docs
+python tools/upstream_tests.py --needs CHECKOUT FOLDER                 what to install, maybe a copy in FOLDER
 
-CHECKOUT is a clone of https://github.com/huggingface/transformers at the tag of the installed version. Exits with 0 if
-every test that passes without passes with, 1 if not, and 2 if nothing could be compared.
+CHECKOUT is a clone of https://github.com/huggingface/transformers at the tag of the installed version, or at a commit
+from which transformers was installed. Exits with 0 if every test that passes without passes with, 1 if not, and 2 if
+nothing could be compared.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+from packaging.version import Version
+
+import upstream_page
 from padfree_patch import versions
 from padfree_patch.registry import registry
 
@@ -32,10 +40,16 @@ NOT_COMPARED = 2
 def main(checkout: Path, options: list[str]) -> int:
     """Returns the exit status."""
     check_version(checkout)
-    options = [*options, *([] if names_tests(checkout, options) else tests_of_patches(checkout))]
-    without, with_apply = outcomes_of(checkout, options), outcomes_of(checkout, ["--apply", *options])
+    write_page, options = "--page" in options, [each for each in options if each != "--page"]
+    paths = [each for each in options if is_path(checkout, each)]
+    options = [each for each in options if each not in paths]
+    run = [*options, *(paths or tests_of_patches(checkout))]
+    without, with_apply = outcomes_of(checkout, run), outcomes_of(checkout, ["--apply", *run])
     broken = broken_by_apply(without, with_apply)
     print("\n".join(report(without, with_apply, broken)))
+    if write_page:
+        found = upstream_page.count(without, with_apply, broken)
+        upstream_page.update(version_of(checkout), about(checkout, options), found)
     if broken:
         return 1
     return 0 if models_applied(without, with_apply) else NOT_COMPARED
@@ -55,8 +69,32 @@ def check_version(checkout: Path) -> None:
         stop(f"{checkout} is transformers {found}, installed is {installed}; `git checkout v{installed}` there")
 
 
-def names_tests(checkout: Path, options: Sequence[str]) -> bool:
-    return any((checkout / option.split("::")[0]).exists() for option in options if not option.startswith("-"))
+def needs(checkout: Path, folder: Path) -> list[str]:
+    """Returns the version, and what to install for its tests: transformers, and the pytest that they were made for.
+
+    No index has a development version: that is installed from a copy in the folder, since whoever builds a package
+    writes into what it is built from.
+    """
+    version = version_of(checkout)
+    pytest = re.search(r'"(pytest[<>=][^"]*)"', (checkout / "setup.py").read_text())
+    package = copy_of(checkout, folder) if Version(version).is_devrelease else f"transformers=={version}"
+    return [version, package, pytest[1] if pytest else "pytest"]
+
+
+def copy_of(checkout: Path, folder: Path) -> str:
+    not_needed = shutil.ignore_patterns(".git", "tests", "docs")
+    return str(shutil.copytree(checkout, folder / "transformers", ignore=not_needed))
+
+
+def is_path(checkout: Path, option: str) -> bool:
+    return not option.startswith("-") and (checkout / option.split("::")[0]).exists()
+
+
+def about(checkout: Path, options: Sequence[str]) -> dict[str, str]:
+    """Returns what figures depend on."""
+    git = ["git", "-C", str(checkout), "rev-parse", "--short=10", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if (checkout / ".git").exists() else ""
+    return {"commit": commit, "torch": torch.__version__, "options": shlex.join(options)}
 
 
 def tests_of_patches(checkout: Path) -> list[str]:
@@ -128,7 +166,7 @@ def stop(message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--version":
-        print(version_of(Path(sys.argv[2])))
+    if sys.argv[1] == "--needs":
+        print(*needs(Path(sys.argv[2]), Path(sys.argv[3])))
     else:
         sys.exit(main(Path(sys.argv[1]).resolve(), sys.argv[2:]))

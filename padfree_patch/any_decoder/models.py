@@ -12,7 +12,7 @@ from ..errors import PadfreeError
 from ..seams.answers import answering
 from ..seams.found_ordinary import found_ordinary
 from ..seams.full_rows import look_at_call
-from ..seams.head import ignore_boundaries, mask_of_real_tokens, shown_columns
+from ..seams.head import ignore_boundaries, mask_of_real_tokens, predicts_next_tokens, shown_columns
 from ..seams.kinds import Found
 from ..seams.model_call import concerns as concerns_model
 from ..seams.model_call import enter, proceed, seams_of, take_batch, tokens_of
@@ -28,12 +28,9 @@ NAME = "models"
 _CACHES = ("cache_params", "past_key_value", "state")
 """What recurrent models call their cache."""
 
-_PREDICT_NEXT = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-"""Ends of the names of classes whose labels are what follows each token."""
-
 
 def find(model: nn.Module, way: Way) -> Found:
-    seams = {seam for each in way.models for seam in seams_of(each, answer, enter_model, shown_columns(each), concerns)}
+    seams = {seam for each in way.models for seam in seams_of(each, answer, enter_model, shown_columns, concerns)}
     return Found(frozenset(seams), way.models)
 
 
@@ -76,7 +73,7 @@ def _prepare(call: Call) -> PackedBatch | None:
         arguments.pop("attention_mask")
     for name in _CACHES:
         arguments.pop(name, None)
-    if any(base.__name__.endswith(_PREDICT_NEXT) for base in type(module).__mro__):
+    if predicts_next_tokens(module):
         ignore_boundaries(arguments, batch)
     return batch
 

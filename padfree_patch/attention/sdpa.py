@@ -68,8 +68,11 @@ def attend(
 
 @contextlib.contextmanager
 def _without_cudnn(device: torch.device) -> Iterator[None]:
-    """Keeps torch from cuDNN's kernels, which it prefers on Hopper: they make a plan for every new length."""
-    if device.type != "cuda" or versions.torch("<2.5") or not torch.backends.cuda.cudnn_sdp_enabled():
+    """Keeps torch from cuDNN's kernels, which it prefers on Hopper: they make a plan for every new length.
+
+    Not where the user has allowed no other kernel.
+    """
+    if device.type != "cuda" or versions.torch("<2.5") or not _cudnn_is_one_of_several():
         yield
         return
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -77,6 +80,12 @@ def _without_cudnn(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def _cudnn_is_one_of_several() -> bool:
+    allowed = torch.backends.cuda
+    others = (allowed.flash_sdp_enabled, allowed.mem_efficient_sdp_enabled, allowed.math_sdp_enabled)
+    return allowed.cudnn_sdp_enabled() and any(each() for each in others)
 
 
 def _in_chunks(

@@ -38,10 +38,10 @@ def gradients_with_gradients(
 
     The scores of one sequence are in memory at once, and all of them while the graph lives: as with eager attention.
     """
-    each = (
-        _of_one_sequence(*tensors, scale=scale, window=window) for tensors in split_by_sequence(lengths, dout, q, k, v)
-    )
-    return tuple(torch.cat(parts, dim=2).squeeze(0).transpose(0, 1) for parts in zip(*each))
+    with torch.autocast(q.device.type, enabled=False):  # of the caller, whose forward computed in float32 too
+        pieces = split_by_sequence(lengths, dout, q, k, v)
+        each = (_of_one_sequence(*tensors, scale=scale, window=window) for tensors in pieces)
+        return tuple(torch.cat(parts, dim=2).squeeze(0).transpose(0, 1) for parts in zip(*each))
 
 
 def _of_one_sequence(

@@ -77,15 +77,19 @@ class Backend(Protocol):
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences) -> None:
     """Raises PadfreeError unless q, k, v and the sequences have the shapes that `Backend.attend` names."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if (wanted := _wrong_shapes(q, k, v, sequences)) is not None:  # called in every layer: a text only if it is wrong
+        raise PadfreeError(f"{wanted}; found q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+
+
+def _wrong_shapes(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences) -> str | None:
+    """Says what shapes should be that are not so; None if all are."""
     if not q.dim() == k.dim() == v.dim() == 3:
-        raise PadfreeError(f"attention takes q, k and v as (tokens, heads, head size), found {shapes}")
+        return "attention takes q, k and v as (tokens, heads, head size)"
     if not len(q) == len(k) == len(v) == sequences.total:
-        raise PadfreeError(f"attention over {sequences.total} tokens takes as many in q, k and v, found {shapes}")
+        return f"attention over {sequences.total} tokens takes as many in q, k and v"
     heads, key_heads = q.shape[1], k.shape[1]
     if v.shape[1] != key_heads or not key_heads or heads % key_heads:
-        raise PadfreeError(
-            f"attention takes as many heads in k as in v, and a multiple of them in q; found {shapes} (heads second)"
-        )
+        return "attention takes as many heads in k as in v, and a multiple of them in q"
     if q.shape[2] != k.shape[2]:
-        raise PadfreeError(f"attention takes q and k of one head size, found {shapes} (head size last)")
+        return "attention takes q and k of one head size, which comes last"
+    return None

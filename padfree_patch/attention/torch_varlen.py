@@ -7,6 +7,7 @@ wants to be told. It has neither dropout nor softcap, and no CPU kernel.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import cast
@@ -25,7 +26,7 @@ NAME = "torch_varlen"
 def refusal(needs: Needs) -> str | None:
     """Says why this backend can't do what a call needs; None if it can."""
     try:
-        takes = inspect.signature(_varlen_attn()).parameters
+        takes = _arguments(_varlen_attn())
     except ImportError:
         return f"needs torch.nn.attention.varlen (torch >= 2.10), found torch {versions.installed('torch')}"
     if missing := {"scale", "window_size"}.difference(takes):
@@ -52,7 +53,7 @@ def attend(
     check_shapes(q, k, v, sequences)
     assert not softcap and not dropout, "the selector never sends either here"
     function = _varlen_attn()
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(function).parameters else {}
+    grouped = {"enable_gqa": True} if "enable_gqa" in _arguments(function) else {}
     output = function(
         q,
         k,
@@ -66,6 +67,12 @@ def attend(
         **(grouped if q.shape[1] != k.shape[1] else {}),
     )
     return refuse_second_derivatives(output, NAME)
+
+
+@functools.lru_cache(maxsize=1)
+def _arguments(function: Callable[..., Tensor]) -> frozenset[str]:
+    """Returns the names of a function's arguments, which are asked for in every layer."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _varlen_attn() -> Callable[..., Tensor]:

@@ -66,14 +66,3 @@ def own_key(tensor: Tensor) -> Hashable:
     if tensor.is_inference():  # no version counter, so a change can't be noticed: never found again
         return object()
     return tensor.data_ptr(), tensor._version, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
-
-
-def callers_key(tensor: Tensor | None) -> Hashable:
-    """Returns the key of a tensor that the caller owns.
-
-    On the CPU it is always new, so the tensor is read again: reading is free there, and numpy can change its memory
-    unseen.
-    """
-    if tensor is None:
-        return None
-    return object() if tensor.device.type == "cpu" else own_key(tensor)

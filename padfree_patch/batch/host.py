@@ -18,24 +18,24 @@ Values = np.ndarray[Any, np.dtype[Any]]
 
 def host_values(tensor: Tensor) -> Values:
     """Returns the values of a tensor of any dtype. Only here does the library read a caller's tensor: its one sync."""
-    return _widened(tensor.detach().cpu()).numpy()
+    return widened(tensor.detach().cpu()).numpy()
 
 
 def exceeds(tensor: Tensor, limit: int) -> bool:
     """Whether any value of a tensor of any dtype is larger than the limit. One device sync."""
-    return bool((_widened(tensor) > limit).any())
+    return bool((widened(tensor) > limit).any())
 
 
 def host_together(*tensors: Tensor) -> list[Values]:
     """Returns the values of tensors of one shape, which come to the host together. One device sync."""
-    wide = [_widened(each) for each in tensors]
+    wide = [widened(each) for each in tensors]
     dtype = functools.reduce(torch.promote_types, (each.dtype for each in wide))
     return list(host_values(torch.stack([each.to(dtype) for each in wide])))
 
 
 def values_on_cpu(tensor: Tensor) -> Values | None:
     """Returns the values of a tensor if it lies on the CPU, where reading is free; None if not."""
-    return _widened(tensor.detach()).numpy() if tensor.device.type == "cpu" else None
+    return widened(tensor.detach()).numpy() if tensor.device.type == "cpu" else None
 
 
 def check_whole(values: Values, dtype: torch.dtype, name: str, remedy: str = "give integers") -> Values:
@@ -79,7 +79,7 @@ def check_on_device(good: Tensor, message: str, details: Callable[[], str] = str
             raise PadfreeError(" ".join(filter(None, (message, details())))) from error
 
 
-def _widened(tensor: Tensor) -> Tensor:
+def widened(tensor: Tensor) -> Tensor:
     """Returns int64 or float64: numpy knows no bfloat16, and small integers would wrap when something is added."""
     if tensor.is_complex():
         raise PadfreeError(f"{str(tensor.dtype).removeprefix('torch.')} where positions or segment numbers should be")

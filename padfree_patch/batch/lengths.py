@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import PadfreeError
 from .boundaries import lengths_of_positions, lengths_of_segments
-from .host import check_on_device
+from .host import check_on_device, widened
 from .sequences import PackedSequences
 
 LENGTH_ARGUMENTS = ("packed_sequences", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -36,7 +36,7 @@ def sequences_of(lengths: Lengths, shape: tuple[int, int], device: torch.device)
     """
     maxima = {name: lengths[name] for name in ("max_length_q", "max_length_k") if name in lengths}
     if "packed_sequences" not in lengths:  # which know their own maximum
-        maxima = {name: _whole_number(name, value) for name, value in maxima.items()}
+        maxima = {name: _integer(name, value) for name, value in maxima.items()}
     seq_idx = _checked_seq_idx(lengths["seq_idx"], shape) if "seq_idx" in lengths else None
     first, sequences = _first_form(lengths, seq_idx, maxima, shape, device)
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
@@ -66,7 +66,7 @@ def agrees(positions: Tensor, sequences: PackedSequences, mask: Tensor | None = 
         sequences: with B * T tokens, of which every row begins one.
         mask: (B, T), 0 for padding, whose positions may be anything; or None.
     """
-    values = positions.float() if positions.is_floating_point() else positions.long()  # small integers would wrap
+    values = widened(positions)
     begins = begins_of(sequences, (values.shape[0], values.shape[1]), values.device)
     now, before = values[:, 1:], values[:, :-1]
     good = torch.where(begins[:, 1:], now != before + 1, now > before)
@@ -98,7 +98,7 @@ def _first_form(
         return "packed_sequences", _checked(lengths["packed_sequences"], total).to(device)
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         if name in lengths:
-            _check_whole(name, lengths[name])
+            _check_not_cut(name, lengths[name])
             longest = min(maxima.values(), default=None)
             found = PackedSequences.from_cu_seqlens(lengths[name], max_seqlen=longest, total=total, device=device)
             return name, found
@@ -112,11 +112,11 @@ def _check_maximum(name: str, value: object, sequences: PackedSequences) -> None
     longest = sequences.max_seqlen
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point():
         check_on_device((value >= longest).all(), f"{name} is too small: the longest sequence has {longest} tokens")
-    elif (number := _whole_number(name, value)) < longest:
+    elif (number := _integer(name, value)) < longest:
         raise PadfreeError(f"{name} is {number}, but the longest sequence has {longest} tokens")
 
 
-def _whole_number(name: str, value: object) -> int:
+def _integer(name: str, value: object) -> int:
     try:
         return operator.index(value)  # type: ignore[arg-type]  # whatever the caller gave
     except TypeError as error:
@@ -148,7 +148,7 @@ def _check_seq_idx(first: str, sequences: PackedSequences, seq_idx: Tensor, shap
 
 def _check_cu_seqlens(first: str, sequences: PackedSequences, name: str, cu_seqlens: Any) -> None:
     """Raises PadfreeError unless cumulative lengths say what `sequences`, read from `first`, say."""
-    _check_whole(name, cu_seqlens)
+    _check_not_cut(name, cu_seqlens)
     on_device = isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type != "cpu"
     longest = sequences.max_seqlen if on_device else None  # known, nothing has to be read there
     here = sequences.kernel_cu_seqlens().device
@@ -157,7 +157,7 @@ def _check_cu_seqlens(first: str, sequences: PackedSequences, name: str, cu_seql
     check_on_device(sequences.agrees_with(other), message, lambda: f"({sequences.lengths} against {other.lengths})")
 
 
-def _check_whole(name: str, cu_seqlens: Any) -> None:
+def _check_not_cut(name: str, cu_seqlens: Any) -> None:
     """Raises PadfreeError for lengths that a loader took for a tensor with a batch dimension."""
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.numel() == 1:
         raise PadfreeError(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import has_truth_values
 from ..errors import PadfreeError
 from .boundaries import lengths_of_mask, lengths_of_positions
 from .host import Values, check_on_device, host_values, values_on_cpu
@@ -50,7 +51,8 @@ class PackedSequences:
         Raises PadfreeError if the arguments contradict each other.
         """
         made = PackedSequences.from_cu_seqlens(cu_seqlens, max_seqlen=max_seqlen, total=total)
-        if lengths is not None:
+        if lengths is not None or padding:
+            lengths = made.lengths if lengths is None else lengths
             given = PackedSequences.from_lengths(lengths, device=made._cu_seqlens.device, total=total, padding=padding)
             check_on_device(made.agrees_with(given), f"PackedSequences: cu_seqlens do not hold the lengths {lengths}")
             made = given
@@ -182,6 +184,9 @@ class PackedSequences:
         of `padding` tokens.
         """
         try:
+            lengths = tuple(lengths)
+            if has_truth_values(lengths):
+                raise TypeError("truth values count nothing")
             lengths = tuple(operator.index(length) for length in lengths)
         except TypeError as error:
             raise PadfreeError(f"lengths must be positive integers, found {str(lengths)[:80]} ({error})") from error

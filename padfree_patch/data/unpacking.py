@@ -75,7 +75,8 @@ def sequence_log_probs(logits: Tensor, labels: Tensor, sequences: PackedSequence
 def _tokens_first(packed: Tensor, sequences: PackedSequences) -> Tensor:
     """Returns (B * T, ...), given that or (B, T, ...).
 
-    (B, 1, ...) with B tokens could be either, and is read as the latter.
+    (B, 1, ...) with B tokens could be either. It is read as the latter, but for (B, 1) of several tokens, which is one
+    value for each, as heads of rewards give it.
     """
     _check_tensor("what is unpacked", packed)
     if not isinstance(sequences, PackedSequences):
@@ -83,7 +84,7 @@ def _tokens_first(packed: Tensor, sequences: PackedSequences) -> Tensor:
             f"sequences must be PackedSequences, found {type(sequences).__name__}: take the batch's packed_sequences, "
             "or PackedSequences.from_position_ids(position_ids)"
         )
-    one_token_rows = packed.dim() > 2 and packed.shape[1] == 1
+    one_token_rows = packed.dim() > 1 and packed.shape[1] == 1 and (packed.dim() > 2 or packed.shape[0] == 1)
     if packed.dim() and packed.shape[0] == sequences.total and not one_token_rows:
         return packed
     if packed.dim() > 1 and packed.shape[:2].numel() == sequences.total:

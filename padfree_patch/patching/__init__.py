@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import nn
 
 from .. import attention, verification, versions
-from ..adapters import adapters_of, check_adapters
+from ..adapters import check_adapters
 from ..errors import PadfreeError
 from ..registry import Patch, patch_for
 from ..seams.decoder import IMPLEMENTATIONS
 from ..wrapping.opt_in import OptIn
-from .added_adapters import verify_added_adapters
-from .first_call import verify_at_first_call
+from ..wrapping.seam import installed
 from .found import apply_found
+from .later import verify_later
 from .plan import count_layers, opt_in, plan
 from .state import State, remove_unused
 
@@ -52,8 +52,7 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
             verified = unchecked is None
             if unchecked:
                 _warn_unchecked(unchecked)
-        _remember_adapters(model, verify=verify)
-        _check_later(model, verify_at_first_call if verify and not verified else None)
+        _remember(model, verify=verify, verified=verified)
     except BaseException:
         before.put_back()
         raise
@@ -81,43 +80,37 @@ def applied(model: Model, *, backend: str = "auto", verify: bool = True) -> Iter
 
 def is_applied(model: nn.Module) -> bool:
     """Whether any module of the model is patched."""
-    return any(OptIn.of(module) for module in model.modules())
+    return bool(OptIn.all_in(model))
 
 
 def way_of(model: nn.Module) -> str:
     """Says how the examples of a patched model are kept apart if no patch is registered for it; empty if one is."""
-    return next((opt_in.way for module in model.modules() if (opt_in := OptIn.of(module))), "")
+    return next((opt_in.way for opt_in in OptIn.all_in(model).values()), "")
 
 
 def places(model: nn.Module) -> tuple[str, ...]:
     """Returns the functions that are wrapped for a patched model, as dotted names."""
-    seams = {seam for module in model.modules() if (opt_in := OptIn.of(module)) for seam in opt_in.seams}
-    return tuple(sorted(str(seam) for seam in seams))
+    seams = {seam for opt_in in OptIn.all_in(model).values() for seam in opt_in.seams}
+    return tuple(sorted(str(seam) for seam in seams if seam in installed))
 
 
 def _apply_patch(model: nn.Module, patch: Patch, before: State, backend: str, *, verify: bool) -> bool:
     """Patches a model with a registered patch; returns whether it could be checked."""
     planned = plan(model, patch)
-    opt_in(planned, before.opt_ins.values(), backend)
+    opt_in(planned, before.opt_ins, backend)
     count_layers(planned, patch)
     verified = verify and _verify(patch, model)
     _report_if_untested(patch, verified=verified)
     return verified
 
 
-def _remember_adapters(model: nn.Module, *, verify: bool) -> None:
-    """Notes which adapters were there; those that come later are checked at their first packed call."""
-    there = {adapters_of(module) for module in model.modules()}
-    for module in model.modules():
-        if opt_in := OptIn.of(module):
-            opt_in.check = verify_added_adapters if verify else None
-            opt_in.checked_adapters |= there
-
-
-def _check_later(model: nn.Module, check: Callable[[nn.Module], None] | None) -> None:
-    for module in model.modules():
-        if opt_in := OptIn.of(module):
-            opt_in.first_check = check
+def _remember(model: nn.Module, *, verify: bool, verified: bool) -> None:
+    """Notes what was checked: the model with the adapters that it has now, or nothing, which is then checked later."""
+    for mine in OptIn.all_in(model).values():
+        mine.check = verify_later if verify else None
+        mine.pending = verify and not verified
+    if verified:
+        OptIn.note_checked(model)
 
 
 def _report_if_untested(patch: Patch, *, verified: bool) -> None:
@@ -168,8 +161,8 @@ def _warn_unchecked(reason: str) -> None:
 
 def _raise_if_upstream_fails(model: nn.Module) -> None:
     """Raises PadfreeError if the model can't run one example alone either, as it is without its patches."""
-    patched = [(module, opt_in) for module in model.modules() if (opt_in := OptIn.of(module))]
-    for module, _ in patched:
+    patched = OptIn.all_in(model)
+    for module in patched:
         OptIn.detach(module)
     try:
         verification.run_alone(model)
@@ -181,5 +174,5 @@ def _raise_if_upstream_fails(model: nn.Module) -> None:
             "verify=False if the model can run only later"
         ) from error
     finally:
-        for module, opt_in in patched:
+        for module, opt_in in patched.items():
             opt_in.attach(module)

@@ -30,7 +30,7 @@ def apply_found(model: nn.Module, backend: str, *, verify: bool) -> str | None:
     before, failures = State(model), []
     for way in ways_of(model):
         for _ in range(MOST_NAMED + 1):
-            opt_in(plan_way(model, way), before.opt_ins.values(), backend)
+            opt_in(plan_way(model, way), before.opt_ins, backend)
             _describe(model, way)
             unchecked = _why_not_to_check(model, verify=verify)
             if unchecked:
@@ -75,9 +75,8 @@ def _named_class(model: nn.Module, result: Verification | str) -> type | None:
 
 def _describe(model: nn.Module, way: Way) -> None:
     inside = sorted({type(each).__name__ for each in _inside_layers(model) if type(each) in way.named})
-    for module in model.modules():
-        if mine := OptIn.of(module):
-            mine.way, mine.layers, mine.not_recomputed = str(way), 0, tuple(inside)
+    for mine in OptIn.all_in(model).values():
+        mine.way, mine.layers, mine.not_recomputed = str(way), 0, tuple(inside)
 
 
 def _inside_layers(model: nn.Module) -> list[nn.Module]:
@@ -88,8 +87,7 @@ def _inside_layers(model: nn.Module) -> list[nn.Module]:
 
 def _keep(model: nn.Module, way: Way) -> None:
     """Notes how many modules answered: a later packed call that fewer answer is an error."""
-    for module in model.modules():
-        if mine := OptIn.of(module):
-            mine.layers = mine.answered
+    for mine in OptIn.all_in(model).values():
+        mine.layers = mine.answered
     name = type(pretrained_modules(model)[0]).__name__
     logging.getLogger("padfree_patch").info("%s has no registered patch; verified, with %s", name, way)

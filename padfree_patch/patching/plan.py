@@ -48,9 +48,9 @@ def _joined(model: nn.Module, found: Iterable[Found]) -> Plan:
     return Plan(model_type_of(model), tuple(modules.values()), tuple(sorted(seams, key=str)))
 
 
-def opt_in(planned: Plan, before: Iterable[OptIn], backend: str) -> None:
+def opt_in(planned: Plan, already: dict[nn.Module, OptIn], backend: str) -> None:
     """Installs the seams of a plan, and marks its modules; those that were patched before get what is new."""
-    new = [module for module in planned.modules if OptIn.of(module) is None]
+    new = [module for module in planned.modules if module not in already]
     with lock:  # or another thread's restore could find the seams unused in between
         # Before the seams: garbage that is collected in between takes out those that nobody needs.
         opt_ins = [OptIn(planned.model_type, backend, planned.seams) for _ in new]
@@ -58,7 +58,7 @@ def opt_in(planned: Plan, before: Iterable[OptIn], backend: str) -> None:
             seam.install()
         for module, opt_in in zip(new, opt_ins):
             opt_in.attach(module)
-        for opt_in in before:
+        for opt_in in already.values():
             opt_in.backend, opt_in.seams = backend, planned.seams
 
 

@@ -16,22 +16,23 @@ class State:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self.opt_ins = {module: opt_in for module in model.modules() if (opt_in := OptIn.of(module))}
+        self.opt_ins = OptIn.all_in(model)
         self._values = {opt_in: dict(vars(opt_in)) for opt_in in self.opt_ins.values()}
 
     def put_back(self) -> None:
         """Makes every module patched as it was, or unpatched if it was not, whatever happened in between."""
         with lock:
-            for module in self._model.modules():
-                now, before = OptIn.of(module), self.opt_ins.get(module)
-                if now is not before:
-                    _exchange(module, now, before)
+            now = OptIn.all_in(self._model)
+            for module in now | self.opt_ins:
+                _exchange(module, now.get(module), self.opt_ins.get(module))
             for opt_in, values in self._values.items():
                 vars(opt_in).update(values)
         remove_unused()
 
 
 def _exchange(module: nn.Module, now: OptIn | None, before: OptIn | None) -> None:
+    if now is before:
+        return
     if now is not None:
         living.discard(now)  # an error's own frames may hold it, which would keep the seams
         OptIn.detach(module)

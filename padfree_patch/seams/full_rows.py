@@ -56,6 +56,11 @@ def look_at_call(module: nn.Module, tokens: Tensor | None, mask: object, batch: 
         seen.settled = seen.padded > PADDED
 
 
+def settle(model: nn.Module) -> None:
+    """Notes that lengths said of a model's rows that each is one example: of its full rows nothing is to be said."""
+    _seen.setdefault(getattr(model, "base_model", model), _Seen()).settled = True
+
+
 def _watched(module: nn.Module, tokens: Tensor) -> _Seen | None:
     """Returns what is known of a decoder that is trained on new tokens, while there is something to find out."""
     opt_in = OptIn.of(module)

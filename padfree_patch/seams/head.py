@@ -27,19 +27,17 @@ def find(model: nn.Module, patch: Patch) -> Found:
     heads = tuple(module for module in pretrained_modules(model) if not patch.is_decoder(module))
     for head in heads:
         check_takes(patch, head, "attention_mask", "position_ids")
-    return Found(
-        frozenset(seam for each in heads for seam in seams_of(each, answer, enter_head, shown_columns(each))), heads
-    )
+    return Found(frozenset(seam for each in heads for seam in seams_of(each, answer, enter_head, shown_columns)), heads)
 
 
-def shown_columns(head: nn.Module) -> tuple[str, ...]:
+def shown_columns(head: type[Any]) -> tuple[str, ...]:
     """Returns what the signature of a patched head shows beside upstream's: the column that `pack_dataset` makes.
 
     The Trainer removes every column that no parameter is named after, so a forward that takes position_ids among its
     `**kwargs` only would be given rows without boundaries. (It is not position_ids that are shown: generate would make
     some as soon as the signature has them.)
     """
-    parameters = signature(original_of(type(head).forward)).parameters
+    parameters = signature(original_of(head.forward)).parameters
     return () if "position_ids" in parameters else ("seq_idx",)
 
 
@@ -65,9 +63,17 @@ def _prepare(call: Call) -> PackedBatch | None:
             f"{type(module).__name__} is patched, but the {type(decoder).__name__} in it is not; call apply again"
         )
     arguments["attention_mask"] = mask_of_real_tokens(arguments.get("attention_mask"), batch)
-    if any(base.__name__.endswith("ForCausalLM") for base in type(module).__mro__):
+    if predicts_next_tokens(module):
         ignore_boundaries(arguments, batch)
     return batch
+
+
+def predicts_next_tokens(head: nn.Module) -> bool:
+    """Whether a head's labels say what follows each token; those of a token classifier are about the token itself."""
+    return any(base.__name__.endswith(_PREDICT_NEXT) for base in type(head).__mro__)
+
+
+_PREDICT_NEXT = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def mask_of_real_tokens(mask: object, batch: PackedBatch) -> Tensor | None:

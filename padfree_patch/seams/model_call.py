@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters import adapters_of, check_adapters
+from ..adapters import Adapters, adapters_of, why_own_not_packed
 from ..batch.lengths import LENGTH_ARGUMENTS
 from ..batch.packed_batch import PackedBatch, batch_of_copy, read_batch
 from ..errors import PadfreeError
@@ -16,7 +17,7 @@ from ..wrapping.call import Call, takes_unnamed
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import Answer, Concerns, Seam, is_wrapper, original_of
 from .found_ordinary import is_found_ordinary
-from .full_rows import look_at_bare_call
+from .full_rows import look_at_bare_call, settle
 from .jump import say_jump
 from .stand_in import is_stand_in
 from .tracing import check_not_traced, is_exporting, is_jit_tracing, readable, reading
@@ -54,20 +55,26 @@ def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def seams_of(
-    model: nn.Module, answer: Answer, entry: Answer, shown: tuple[str, ...] = (), concerned: Concerns | None = None
+    model: nn.Module,
+    answer: Answer,
+    entry: Answer,
+    shown: Callable[[type], tuple[str, ...]] = lambda _: (),
+    concerned: Concerns | None = None,
 ) -> set[Seam]:
     """Returns the seams of a model's forward, and of `__call__`, which reaches us if somebody replaces the forward.
 
-    Of a forward that takes its arguments as `*args`, the next one among the bases as well, which names them.
+    Of a forward that takes its arguments as `*args`, the next one among the bases as well, which names them. `shown`
+    says what the signature of a class's forward shows beside its own: the same for every model that has the class.
     """
     concerned = concerned or concerns
-    found = {Seam(type(model), "forward", concerned, answer, shown), Seam(type(model), "__call__", concerned, entry)}
     forwards = [base for base in type(model).__mro__ if "forward" in vars(base)]
+    entered = [type(model)]
     for base, below in itertools.pairwise(forwards):
         if not takes_unnamed(original_of(vars(base)["forward"])):
             break
-        found.add(Seam(below, "forward", concerned, answer))
-    return found
+        entered.append(below)
+    seams = {Seam(each, "forward", concerned, answer, shown(each)) for each in entered}
+    return seams | {Seam(type(model), "__call__", concerned, entry)}
 
 
 @torch.compiler.disable(recursive=False)
@@ -96,11 +103,12 @@ def take_batch(call: Call) -> PackedBatch | None:
         return None
     batch = (None if lengths else _handed_on(call)) or _read(call, lengths)
     if batch is None:
+        if lengths:
+            settle(call.module)
         return None
     _check_result(call)
-    _check_if_first(call.module)
+    check_what_is_new(call.module)
     say_jump(call.module, batch)
-    check_active_adapters(call.module)
     call.arguments["position_ids"] = batch.position_ids
     for name in CACHE_ARGUMENTS:
         call.arguments.pop(name, None)
@@ -132,33 +140,40 @@ def _is_upstreams(call: Call) -> bool:
     return id(call.module) in under_way.generating or "write_index" in arguments
 
 
-def _check_if_first(module: nn.Module) -> None:
-    """Checks at its first packed training call what `apply` could not check of a model, and raises what it finds."""
-    opt_in = OptIn.of(module)
-    if opt_in is None or opt_in.first_check is None or opt_in.being_checked:
-        return
-    if module.training and torch.is_grad_enabled():
-        opt_in.first_check(module)
-
-
 def batch_of_call(call: Call) -> PackedBatch | None:
     """Returns the packed batch of a call, or None if it is ordinary. The call's arguments stay as they are."""
     looked_at = call.changed()
     return _read(looked_at, _take_lengths(looked_at.arguments))
 
 
-def check_active_adapters(module: nn.Module) -> None:
-    """Checks the active adapters of a module that is called with a packed row, unless they were checked before.
+def check_what_is_new(module: nn.Module) -> None:
+    """Checks what was not checked before of a model that is called with a packed row: its adapters, or its weights.
 
-    Raises PadfreeError if they can't serve one.
+    Raises PadfreeError if the adapters can't serve a packed row, or what the check finds, at every such call.
     """
     opt_in, adapters = OptIn.of(module), adapters_of(module)
-    if opt_in is None or opt_in.has_checked(adapters):
+    if opt_in is None or opt_in.being_checked:
         return
-    check_adapters(module)
-    if opt_in.check is not None:
+    if reason := why_own_not_packed(module, adapters):
+        raise PadfreeError(reason)
+    if opt_in.check is not None and _is_new(module, opt_in, adapters):
         opt_in.check(module)
-    opt_in.checked_adapters |= {adapters_of(each) for each in module.modules()}
+        OptIn.note_checked(module)
+
+
+def _is_new(module: nn.Module, opt_in: OptIn, adapters: Adapters) -> bool:
+    """Whether something was not checked; weights that were not there before are waited for until they are trained."""
+    return module.training and torch.is_grad_enabled() if opt_in.pending else opt_in.must_check(adapters)
+
+
+def has_something_new(module: nn.Module) -> bool:
+    """Whether there is something to be checked if the call of a module, patched or around a patched one, is packed."""
+    opt_in, adapters = OptIn.of(module), adapters_of(module)
+    if opt_in is None or opt_in.being_checked:
+        return False
+    if why_own_not_packed(module, adapters) is not None:
+        return True
+    return opt_in.check is not None and _is_new(module, opt_in, adapters)
 
 
 def _take_lengths(arguments: dict[str, Any]) -> dict[str, Any]:

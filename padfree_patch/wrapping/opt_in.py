@@ -6,6 +6,7 @@ stay patched. As long as one that needs a seam lives anywhere, the seam stays.
 
 from __future__ import annotations
 
+import copy
 import gc
 import types
 import weakref
@@ -16,9 +17,9 @@ from packaging.version import Version
 from torch import nn
 
 from .. import versions
-from ..adapters import Adapters
+from ..adapters import Adapters, adapters_of, are_same
 from ..errors import PadfreeError
-from .seam import ORIGINAL, Seam, installed, lock
+from .seam import ORIGINAL, Seam, installed, lock, waiting
 
 ATTRIBUTE = "_padfree_patch"
 """Name under which a module holds its OptIn."""
@@ -40,26 +41,43 @@ class OptIn:
         self.set_aside: dict[str, Any] = {}
         """What stood in the module's `__dict__` and would have gone past the patched class."""
         self.check: Callable[[nn.Module], None] | None = None
-        """Checks adapters that came after `apply`, at their first packed call; None if `apply` was to check nothing."""
-        self.first_check: Callable[[nn.Module], None] | None = None
-        """What `apply` could not check, and checks at the first packed training call; None if nothing is left."""
-        self.checked_adapters: set[Adapters] = set()
-        """The active adapters, each time that they were checked."""
+        """Checks at a packed call what `apply` could not: adapters that came later, weights that were not there yet.
+        None if `apply` was to check nothing."""
+        self.pending = False
+        """Whether the model could not be checked yet as it was when it was patched."""
+        self.checked: tuple[Adapters, ...] = ()
+        """The active adapters, each time that they were checked. Never changed in place: `State` keeps what it was."""
         self.being_checked = False
         """Whether a check runs, whose own calls need no other."""
         weakref.finalize(self, _one_is_gone).atexit = False  # before `living` holds it: then it is called after
         living.add(self)
 
-    def has_checked(self, adapters: Adapters) -> bool:
-        """Whether nothing is to be checked of a call with these adapters."""
-        return self.being_checked or not adapters or adapters in self.checked_adapters
+    def must_check(self, adapters: Adapters) -> bool:
+        """Whether a packed call with these adapters is to be checked first."""
+        return bool(adapters) and not any(are_same(adapters, each) for each in self.checked)
 
     @staticmethod
     def of(module: nn.Module) -> OptIn | None:
-        """Returns the OptIn of a module, or None if it is not patched."""
+        """Returns the OptIn of a module, or None if it is not patched. Of PEFT's models, that of the model inside."""
         # Not vars(module).get: that is no guard of torch.compile, which would run another model's graph for this one.
         found: OptIn | None = getattr(module, ATTRIBUTE, None)
         return found
+
+    @staticmethod
+    def all_in(model: nn.Module) -> dict[nn.Module, OptIn]:
+        """Returns what every patched module of a model has opted in with; wrappers around one are none themselves."""
+        found = ((module, vars(module).get(ATTRIBUTE)) for module in model.modules())
+        return {module: opt_in for module, opt_in in found if opt_in is not None}
+
+    @staticmethod
+    def note_checked(model: nn.Module) -> None:
+        """Notes that a model was checked as it is now, with the adapters that each of its modules has."""
+        there = [adapters_of(module) for module in model.modules()]
+        for opt_in in OptIn.all_in(model).values():
+            opt_in.pending = False
+            for adapters in there:
+                if opt_in.must_check(adapters):
+                    opt_in.checked = (*opt_in.checked, adapters)
 
     def attach(self, module: nn.Module) -> None:
         own = vars(module)
@@ -82,15 +100,14 @@ class OptIn:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptIn:
         twin = OptIn(self.model_type, self.backend, self.seams, self.layers)
-        twin.check, twin.checked_adapters = self.check, set(self.checked_adapters)
-        twin.first_check = self.first_check
+        twin.check, twin.pending, twin.checked = self.check, self.pending, copy.deepcopy(self.checked, memo)
         twin.way, twin.not_recomputed = self.way, self.not_recomputed
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         seams = tuple(seam.by_name() for seam in self.seams)
         saved_with = str(versions.transformers_version())
-        kept = ("check", "first_check", "way", "not_recomputed")
+        kept = ("check", "pending", "way", "not_recomputed")
         state = {name: getattr(self, name) for name in kept}
         return _unpickle, (self.model_type, self.backend, seams, self.layers, saved_with), state
 
@@ -153,7 +170,7 @@ def remove_unused_seams() -> None:
 def _remove_unneeded() -> None:
     of_models = {id(opt_in.seams): opt_in.seams for opt_in in list(living)}  # most are one tuple per model
     needed = {seam for seams in of_models.values() for seam in seams}
-    for seam in [seam for seam in installed if seam not in needed]:
+    for seam in [seam for seam in (*installed, *waiting) if seam not in needed]:
         seam.remove()
 
 

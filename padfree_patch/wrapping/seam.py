@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .call import Call, named_twice
+from .later_imports import Watch
 
 ORIGINAL = "__padfree_original__"
 """Attribute by which our functions are told from others'."""
@@ -45,7 +46,7 @@ class Seam:
     takes: tuple[str, ...] = ()
     """Names of arguments that the wrapper takes beside the function's own, and shows in its signature."""
     optional: bool = False
-    """Whether the place is left alone if nobody has imported it: a saved model is loaded without the library too."""
+    """Whether the place may be missing: it is wrapped as soon as somebody imports it, and left alone before."""
 
     def __str__(self) -> str:
         if isinstance(self.owner, str):
@@ -70,9 +71,11 @@ class Seam:
 
     def install(self) -> None:
         """Wraps the function that stands there; does nothing if that is our wrapper already."""
-        if self._is_left_alone():
-            return
         with lock:
+            if self._is_missing():
+                waiting.add(self)
+                _watch_for_waiting()
+                return
             holder, here = _holder(self.owner, self.name), installed.setdefault(self, [])
             own = _own_entries(holder).get(self.name, _ABSENT)
             if any(holder is each.holder and own is each.wrapper for each in here):
@@ -86,21 +89,32 @@ class Seam:
 
     def remove(self) -> None:
         """Puts back what the wrapper replaced, and its absence if it was inherited."""
+        waiting.discard(self)
+        _watch_for_waiting()
         for holder, own, wrapper in reversed(installed.pop(self, [])):
-            if _own_entries(holder).get(self.name) is not wrapper:
-                continue  # somebody wrapped it again: theirs stays, and ours in it calls straight through
-            _put(holder, self.name, own)
+            if _own_entries(holder).get(self.name) is wrapper:
+                _put(holder, self.name, own)
+            else:  # somebody wrapped it again: theirs stays, and ours in it calls straight through
+                _pass_on(holder, wrapper, own)
 
     def replacement(self) -> Any:
         """Returns what is there instead of our wrapper ("nothing" if it was deleted); None if ours is there."""
-        if self._is_left_alone():
+        if self._is_missing():
             return None
         holder = _holder(self.owner, self.name)
         there = _own_entries(holder).get(self.name, "nothing")
         return None if any(there is each.wrapper for each in installed.get(self, ())) else there
 
-    def _is_left_alone(self) -> bool:
-        return self.optional and isinstance(self.owner, str) and self.owner.partition(":")[0] not in sys.modules
+    @property
+    def module(self) -> str:
+        """Name of the module that the place is in."""
+        return self.owner.partition(":")[0] if isinstance(self.owner, str) else self.owner.__module__
+
+    def _is_missing(self) -> bool:
+        """Whether nobody has imported the place, or this version of the library has none."""
+        if not self.optional or not isinstance(self.owner, str):
+            return False
+        return not hasattr(sys.modules.get(self.module), self.owner.partition(":")[2] or self.name)
 
 
 class Installed(NamedTuple):
@@ -117,6 +131,25 @@ lock = threading.RLock()
 installed: dict[Seam, list[Installed]] = {}
 """More than one for a seam if a module of remote code was loaded again under its name, or if somebody replaced our
 wrapper and the seam was installed again: the newest is last."""
+
+
+waiting: set[Seam] = set()
+"""Optional seams that models need, and that nobody has imported yet."""
+
+
+def _is_imported(name: str) -> None:
+    with lock:
+        for seam in [each for each in waiting if each.module == name]:
+            waiting.discard(seam)
+            seam.install()
+        _watch_for_waiting()
+
+
+_watch = Watch(_is_imported)
+
+
+def _watch_for_waiting() -> None:
+    _watch.only(frozenset(seam.module for seam in waiting if seam.module not in sys.modules))
 
 
 def wrapped(
@@ -200,7 +233,8 @@ def _holder(owner: type | str, name: str) -> Any:
     if not isinstance(owner, str):
         return owner
     module, _, mapping = owner.partition(":")
-    holder = importlib.import_module(module)
+    # Not import_module at once, which waits for another thread that imports it now, and that may wait for our lock.
+    holder = sys.modules.get(module) or importlib.import_module(module)
     if not mapping:
         return holder
     found = getattr(holder, mapping)
@@ -219,6 +253,12 @@ def _attribute(module: str, name: str) -> Any:
 def _own_entries(holder: Any) -> Any:
     """Returns what the holder itself has, by name."""
     return holder if isinstance(holder, dict) else vars(holder)
+
+
+def _pass_on(holder: Any, wrapper: Callable[..., Any], own: Any) -> None:
+    """Gives what a wrapper replaced to the seam, if any, that replaced the wrapper, to put back in its place."""
+    for here in installed.values():
+        here[:] = [each._replace(own=own) if each.holder is holder and each.own is wrapper else each for each in here]
 
 
 def _put(holder: Any, name: str, value: Any) -> None:

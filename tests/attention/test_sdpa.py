@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from helpers.attention_reference import LENGTHS, LONG, errors, random_qkv, reference
 from padfree_patch import PackedSequences, versions
@@ -185,3 +186,17 @@ def test_no_plan_of_cudnn_for_every_length(monkeypatch, wanted):
         assert torch.backends.cuda.cudnn_sdp_enabled() == wanted  # as the user left it
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_cudnn_stays_where_the_user_allows_nothing_else(monkeypatch):
+    enabled = []
+
+    def function(q, *_, **__):
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", function)
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        q = torch.empty(14, 4, 16, device="cuda")
+        sdpa.attend(q, q, q, PackedSequences.from_lengths((5, 9)), scale=0.3)
+    assert enabled == [True, True]

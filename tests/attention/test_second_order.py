@@ -108,8 +108,9 @@ def test_second_derivatives_are_right_where_weights_are_dropped(options):
     assert torch.autograd.gradgradcheck(attend, random_qkv(2, 1, 2, lengths=(3,), dtype=torch.float64))
 
 
+@pytest.mark.parametrize("under_autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_gradients_that_have_gradients_are_no_coarser(dtype):
+def test_gradients_that_have_gradients_are_no_coarser(dtype, under_autocast):
     inputs = random_qkv(4, 2, 16, lengths=LENGTHS, dtype=dtype)
     weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
@@ -118,7 +119,8 @@ def test_gradients_that_have_gradients_are_no_coarser(dtype):
         return torch.autograd.grad(output, inputs, weights.to(output.dtype), **options)
 
     exact = gradients(reference, [x.detach().double().requires_grad_() for x in inputs])
-    plain, found = (gradients(sdpa.attend, inputs, create_graph=create) for create in (False, True))
+    with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast):  # as a loop that leaves it on has it
+        plain, found = (gradients(sdpa.attend, inputs, create_graph=create) for create in (False, True))
     for one, other, right in zip(found, plain, exact):
         assert one.dtype == dtype
         assert (one.double() - right).norm() < 1.1 * (other.double() - right).norm()

@@ -60,6 +60,12 @@ def test_one_text_whose_lengths_say_so_is_not_left_to_upstream_which_would_cut_i
     assert read(torch.arange(8)[None], packed_sequences=PackedSequences.from_lengths([8])) is None
 
 
+def test_positions_that_float32_rounds_go_up():
+    """float64 counts to 2^53, float32 only to 2^24."""
+    positions = torch.arange(2**24 - 3, 2**24 + 5, dtype=torch.float64)[None]
+    assert read(positions, packed_sequences=PackedSequences.from_lengths([8])) is None
+
+
 @pytest.mark.parametrize("said", [{"cu_seq_lens_q": torch.tensor([0, 8])}, {"mask": torch.full((1, 8), 2)}])
 @pytest.mark.parametrize("positions", [[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 3, 3, 4, 5, 6]])
 def test_positions_that_go_back_where_an_example_goes_on_are_a_contradiction(positions, said):

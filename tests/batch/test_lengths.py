@@ -30,6 +30,7 @@ def read(positions=None, **lengths):
         ((torch.tensor([0, 0, 9]), 9, 9), "sequence 0 has length 0"),  # which killed the process
         ((CU, 4, 9, (3, 0, 4, 2)), "sequence 1 has length 0"),
         ((CU, 4, 9, (4, 3, 2)), r"cu_seqlens do not hold the lengths \(4, 3, 2\)"),
+        ((CU, 4, 9, None, 3), "padding is 3 tokens, but the last sequence has 2"),
         ((CU, 2, 9), "max_length is 2, but the longest sequence has 4"),
         ((CU, 4, 10), "cover 9 tokens, but the batch has 10"),
         ((torch.tensor([0, -3, 9]), 9, 9), "sequence 0 has length -3"),
@@ -55,13 +56,19 @@ def test_sequences_that_are_made_cannot_be_changed():
         assert (same.lengths, same.cu_seqlens.tolist(), same.max_seqlen, same.total) == (LENGTHS, CU.tolist(), 4, 9)
 
 
+def test_padding_is_kept_whether_lengths_were_given_or_not():
+    assert PackedSequences(CU, 4, 9, padding=2).padding == PackedSequences(CU, 4, 9, LENGTHS, 2).padding == 2
+
+
 @pytest.mark.parametrize("lengths", [[2**31], [2**30, 2**30]])
 def test_more_tokens_than_int32_counts_are_refused(lengths):
     with pytest.raises(PadfreeError, match="2147483648 tokens, more than int32 can count"):
         PackedSequences.from_lengths(lengths)
 
 
-@pytest.mark.parametrize("lengths", [[1.5], [float("nan")], [None], None, "12", 3, torch.tensor([3.0])])
+@pytest.mark.parametrize(
+    "lengths", [[1.5], [float("nan")], [None], None, "12", 3, torch.tensor([3.0]), [5, True], [torch.tensor(True)]]
+)
 def test_lengths_that_are_no_integers_are_refused(lengths):
     with pytest.raises(PadfreeError, match="lengths must be positive integers"):
         PackedSequences.from_lengths(lengths)

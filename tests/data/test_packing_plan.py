@@ -59,6 +59,8 @@ def test_lengths_that_cannot_be_packed_are_errors(use, lengths, message):
         ([3, None], "lengths must be whole numbers, found None at place 1"),
         ([3, float("nan")], "lengths must be whole numbers, found nan at place 1"),
         ([3, 1.5], "lengths must be whole numbers, found 1.5 at place 1"),
+        ([True, 1], "lengths must be whole numbers, found True at place 0"),
+        (torch.tensor([1, 2**24 + 1.5], dtype=torch.float64), "lengths must be whole numbers, found 16777217.5 at pl"),
         ([[1, 2], [3]], r"lengths must be whole numbers, found \[1, 2\] at place 0"),
         ([2**63], "lengths must be whole numbers, found 9223372036854775808 at place 0"),
         ("123", "lengths must be a list of whole numbers, found '123'"),

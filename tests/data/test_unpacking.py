@@ -66,6 +66,14 @@ def test_rows_of_a_single_token_are_rows():
         sequence_log_probs(logits[:, 0], labels, sequences)
 
 
+def test_a_batch_of_one_token_is_a_row():
+    """The control: several tokens with a value each are no rows of one token."""
+    one = PackedSequences.from_lengths([1])
+    assert [each.tolist() for each in unpack(torch.tensor([[7]]), one)] == [[7]]
+    assert last_tokens(torch.tensor([[7]]), one).tolist() == [7]
+    assert unpack(torch.zeros(2, 1), PackedSequences.from_lengths([1, 1]))[0].shape == (1, 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
 def test_labels_may_be_of_any_dtype_of_integers(dtype):
     logits, labels, sequences = torch.randn(1, 3, 7), torch.tensor([[1, 2, 3]]), PackedSequences.from_lengths([2, 1])

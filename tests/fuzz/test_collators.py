@@ -26,7 +26,7 @@ RESPONSE, INSTRUCTION = [7, 8], [9]
 ARRAYS = [list, tuple, np.array, torch.tensor, lambda x: np.array(x, np.uint8), lambda x: torch.tensor(x).int()]
 ODD = (
     *(None, 3, 2.5, "text", b"ab", [], [None], ["a"], [1.5], [float("nan")], [True], [[1, 2], [3]], [[1], [2]], {1: 2}),
-    *([2**63], [-(2**63) - 1], [1, 2, 3], object(), iter([1]), torch.ones(2, 2), torch.tensor(1), torch.tensor([0.5])),
+    *([2**63], [-(2**63) - 1], [1, 2, 3], object(), iter, torch.ones(2, 2), torch.tensor(1), torch.tensor([0.5])),
     *(torch.tensor([1.0]).bfloat16(), torch.tensor([1j]), np.array(["a"]), np.array([2**64 - 1], np.uint64)),
 )
 
@@ -48,17 +48,23 @@ def array(draw, values: list[int]) -> Any:
     return draw(st.sampled_from(ARRAYS[:4] if min(values) < 0 else ARRAYS))(values)
 
 
+def odd(draw) -> Any:
+    """Draws one of `ODD`, but for `iter` an iterator, which is new each time: a used one would be empty."""
+    value = draw(st.sampled_from(ODD))
+    return iter([1]) if value is iter else value
+
+
 def spoil(draw, features: list[Any]) -> bool:
     """Makes something wrong, or odd, of the examples in half of all cases; returns whether."""
     kind = draw(st.sampled_from(["no", "no", "field", "missing", "feature"]))
     at = draw(st.integers(0, len(features) - 1))
     name = draw(st.sampled_from(sorted(features[at])))
     if kind == "field":
-        features[at][name] = draw(st.sampled_from(ODD))
+        features[at][name] = odd(draw)
     elif kind == "missing":
         del features[at][name]
     elif kind == "feature":
-        features[at] = draw(st.sampled_from(ODD))
+        features[at] = odd(draw)
     return kind != "no"
 
 

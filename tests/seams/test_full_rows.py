@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.training import flattening, padding, trainer_of
-from padfree_patch import apply
+from padfree_patch import PackedSequences, apply
 from padfree_patch.testing import pack
 
 pytestmark = pytest.mark.versions
@@ -78,6 +78,19 @@ def test_a_batch_that_says_where_examples_end_settles_it(llama, first):
     count = 4 if first == "padded" else 1
     batches = [{name: each.clone() for name, each in batch.items()} for _ in range(count)]
     assert not said(model, [*batches, *(with_mask(rows()) for _ in range(20))])
+
+
+@pytest.mark.parametrize("mask", [with_mask, bare])
+@pytest.mark.parametrize("part", ["head", "decoder"])
+def test_rows_whose_lengths_say_that_each_is_one_text_are_not_said(llama, part, mask):
+    """The control is the same rows without the lengths, above."""
+    model = apply(llama).train()
+    model = model if part == "head" else model.model
+    lengths = {"packed_sequences": PackedSequences.from_lengths([12, 12])}
+    batches = [{**mask(rows()), **lengths} for _ in range(20)]
+    for batch in batches if part == "decoder" else []:
+        batch.pop("labels")
+    assert not said(model, batches)
 
 
 def test_short_last_rows_of_an_epoch_do_not_hide_it(llama):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import upstream_page
 import upstream_tests
 from padfree_patch import versions
 
@@ -100,6 +102,63 @@ def test_status_says_whether_what_passes_without_passes_with(checkout, monkeypat
     monkeypatch.setattr(upstream_tests, "outcomes_of", outcomes_of)
     assert upstream_tests.main(checkout, []) == status
     assert (f"BROKEN a\n    {with_apply}: E" in capsys.readouterr().out) == bool(status)
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(upstream_page, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(upstream_page, "DATA", tmp_path / "page.json")
+    return tmp_path / "page.md"
+
+
+def test_page_counts_what_was_found_and_names_what_broke(checkout, monkeypatch, page):
+    def outcomes_of(checkout, options):
+        assert options[-1] == LLAMA and "--page" not in options
+        outcome = "failed" if "--apply" in options else "passed"
+        built = {"error": "E", "applied": 3, "refused": ["LlamaModel: not so; it has more"]}
+        return {f"{LLAMA}::a": {"outcome": outcome, **built}, f"{LLAMA}::b": {"outcome": "passed", **built}}
+
+    monkeypatch.setattr(upstream_tests, "outcomes_of", outcomes_of)
+    assert upstream_tests.main(checkout, ["--page", LLAMA, "-k", "not Hard"]) == 1
+    text = page.read_text()
+    assert ".venv/bin/nox -s upstream -- CHECKOUT --page -k 'not Hard'\n" in text
+    assert "| llama | 2 | 0 | 2 | 1 | 2 | 6 |" in text
+    assert f"Pass without, and not with:\n\n- `{LLAMA}::a`: failed: E\n" in text
+    assert text.count("- LlamaModel: not so\n") == 1
+
+
+def test_page_keeps_what_the_same_commit_found_before(page):
+    counts = {**dict.fromkeys(upstream_page.COUNTS, 1), "broken": [], "refused": []}
+    about = {"commit": "a", "torch": "2", "options": ""}
+    upstream_page.update("4.9.0", about, {"phi": counts})
+    upstream_page.update("4.10.0", about, {"phi": counts})
+    upstream_page.update("4.10.0", about, {"gemma": counts})
+    text = page.read_text()
+    assert text.index("## 4.10.0") < text.index("| gemma | 1") < text.index("| all | 2") < text.index("## 4.9.0")
+    assert text.count("| phi |") == 2
+    upstream_page.update("4.10.0", {**about, "commit": "b"}, {"gemma": counts})  # other sources, other figures
+    assert page.read_text().count("| phi |") == 1
+
+
+def test_page_in_the_docs_is_drawn_from_its_data():
+    assert upstream_page.PAGE.read_text() == upstream_page.page(json.loads(upstream_page.DATA.read_text()))
+
+
+@pytest.mark.parametrize(("version", "installed"), [("4.9.1", "transformers==4.9.1"), ("4.9.0.dev0", "a copy")])
+def test_versions_that_no_index_has_are_installed_from_a_copy(tmp_path, version, installed):
+    checkout, folder = tmp_path / "checkout", tmp_path / "folder"
+    for name, text in {
+        "src/transformers/__init__.py": f'__version__ = "{version}"\n',
+        "setup.py": '"parameterized", "pytest>=7.2.0,<8.0.0", "pytest-xdist",',
+        "tests/a.py": "",
+    }.items():
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text(text)
+    copy = folder / "transformers"
+    requirement = str(copy) if installed == "a copy" else installed
+    assert upstream_tests.needs(checkout, folder) == [version, requirement, "pytest>=7.2.0,<8.0.0"]
+    assert (copy / "src" / "transformers" / "__init__.py").exists() == (installed == "a copy")
+    assert not (copy / "tests").exists()
 
 
 def test_nothing_compared_is_no_success(checkout, monkeypatch):
