@@ -53,7 +53,10 @@ def answer(call: Call) -> tuple[Tensor, None]:
     """Answers an attention function: tensors (B, heads, T, D) in, (B, T, H, D) and no weights out."""
     module, q, mask = (call.arguments[call.names[place]] for place in (0, 1, 4))
     batch, recipe = batch_of(mask, q.device), recipe_of(mask)
-    if is_plain(call, recipe):
+    plain = is_plain(call, recipe)
+    if (opt_in := OptIn.of(module)) is not None:
+        opt_in.special = not plain
+    if plain:
         return _by_kernel(call, batch, recipe), None
     note_answer(module)
     cutter = Cutter(batch, module, dict.fromkeys(call.names[1:4], 2), scores=True)

@@ -10,6 +10,7 @@ from torch import nn
 from ..models import pretrained_modules
 from ..seams.interface import can_be_answered
 from ..wrapping.call import signature
+from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import original_of
 
 
@@ -30,8 +31,10 @@ class Way:
         return dataclasses.replace(self, named=self.named | {cls})
 
     def __str__(self) -> str:
+        special = {type(each) for each in self.fast if (opt_in := OptIn.of(each)) and opt_in.special}
         parts = [
-            ("by a varlen kernel where plain", {type(each) for each in self.fast}),
+            ("by a varlen kernel", {type(each) for each in self.fast} - special),
+            ("by upstream's function per sequence", special),
             ("per sequence", self.split - self.named),
             ("per sequence, named by verify", self.named),
         ]

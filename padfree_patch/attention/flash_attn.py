@@ -21,6 +21,7 @@ from .second_order import refuse_second_derivatives
 from .spec import Needs, check_shapes
 
 NAME = "flash_attn"
+ANY_VALUE_SIZE = False
 
 
 def refusal(needs: Needs) -> str | None:

@@ -17,6 +17,7 @@ from .second_order import refuse_second_derivatives
 from .spec import Needs, check_shapes
 
 NAME = "flash_attn_3"
+ANY_VALUE_SIZE = False
 
 REQUIRED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 """The arguments without a default that `attend` passes; builds of 2024 require more than these."""

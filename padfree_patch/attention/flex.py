@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # older torch has none
     from torch.nn.attention.flex_attention import BlockMask
 
 NAME = "flex"
+ANY_VALUE_SIZE = True
 
 BLOCK = 128
 """Queries and keys per block: what the kernel is tuned for."""

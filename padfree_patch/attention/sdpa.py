@@ -24,6 +24,7 @@ from .second_order import transformed
 from .spec import Needs, check_shapes
 
 NAME = "sdpa"
+ANY_VALUE_SIZE = True
 
 
 def refusal(needs: Needs) -> str | None:

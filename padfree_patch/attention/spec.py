@@ -39,6 +39,8 @@ class Backend(Protocol):
 
     NAME: str
     """What `backend=` takes, and what errors call it."""
+    ANY_VALUE_SIZE: bool
+    """Whether values may have another head size than queries and keys."""
 
     def refusal(self, needs: Needs) -> str | None:
         """Says why this backend can't do what a call needs; None if it can."""

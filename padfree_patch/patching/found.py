@@ -88,6 +88,6 @@ def _inside_layers(model: nn.Module) -> list[nn.Module]:
 def _keep(model: nn.Module, way: Way) -> None:
     """Notes how many modules answered: a later packed call that fewer answer is an error."""
     for mine in OptIn.all_in(model).values():
-        mine.layers = mine.answered
+        mine.way, mine.layers = str(way), mine.answered  # what was special about attention shows only now
     name = type(pretrained_modules(model)[0]).__name__
     logging.getLogger("padfree_patch").info("%s has no registered patch; verified, with %s", name, way)

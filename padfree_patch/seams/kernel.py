@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import attention
@@ -63,13 +64,14 @@ class PackedKernel:
 
         Args:
             q: (B, H, T, D).
-            k, v: (B, K, T, D).
+            k: (B, K, T, D).
+            v: (B, K, T, D), or with another last dimension, as in latent attention.
             scale: factor on the scores; None for D ** -0.5.
             dropout: probability with which an attention weight is dropped.
             window: newest tokens that a query sees, itself included; 0 for all, None for what the mask's recipe says.
             softcap: scores become softcap * tanh(scores / softcap); 0 for none.
 
-        Returns (B, H, T, D).
+        Returns (B, H, T, D), with the last dimension of v.
         """
         window = self._recipe.window if window is None else window
         if (windows := _recorded.get()) is not None:
@@ -77,18 +79,20 @@ class PackedKernel:
         self._check_tokens(q, k)
         self.answered = True
         note_answer(self._module)
-        rows, head_dim, result_dtype = q.shape[0], q.shape[3], v.dtype
+        rows, head_dim, of_values, result_dtype = q.shape[0], q.shape[3], v.shape[3], v.dtype
         scale = head_dim**-0.5 if scale is None else scale
         if (autocast := _autocast_dtype(q, k, v)) is not None:
             q, k, v = (x.to(autocast) for x in (q, k, v))
             result_dtype = autocast
-        wide = head_dim + (BIAS_CHANNELS if self.key_bias is not None else 0)
+        wide = max(head_dim, of_values) + (BIAS_CHANNELS if self.key_bias is not None else 0)
         needs = attention.Needs(q.device.type, result_dtype, wide, window=window, softcap=softcap, dropout=dropout)
         backend = attention.select(needs, self._backend)
         dtype = _working_dtype(backend, needs, q, k, v)
         q, k, v = (x.to(dtype) for x in (q, k, v))
         if self.key_bias is not None:
             q, k, v = with_key_bias(q, k, v, self.key_bias)
+        if head_dim != of_values and not backend.ANY_VALUE_SIZE:  # channels of zeros change no score and no value
+            q, k, v = (F.pad(x, (0, wide - x.shape[3])) for x in (q, k, v))
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, heads, D)
         self.attending = True
         try:
@@ -97,7 +101,7 @@ class PackedKernel:
             )
         finally:
             self.attending = False
-        return output[..., :head_dim].to(result_dtype).unflatten(0, (rows, -1)).transpose(1, 2)
+        return output[..., :of_values].to(result_dtype).unflatten(0, (rows, -1)).transpose(1, 2)
 
     def _check_tokens(self, q: Tensor, k: Tensor) -> None:
         queries, keys, total = q.shape[0] * q.shape[2], k.shape[0] * k.shape[2], self._sequences.total

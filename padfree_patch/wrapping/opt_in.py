@@ -36,6 +36,8 @@ class OptIn:
         """How the examples are kept apart, if no patch is registered for the model: in words, for people."""
         self.answered = 0
         """Modules that answered in the last packed call; of a way that was found, what later calls must reach."""
+        self.special = False
+        """Of an attention module: whether upstream's own function ran on each sequence in the last packed call."""
         self.not_recomputed: tuple[str, ...] = ()
         """Classes inside of layers that gradient checkpointing must not run again: their batch would be gone."""
         self.set_aside: dict[str, Any] = {}
