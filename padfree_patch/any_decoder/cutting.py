@@ -3,9 +3,7 @@
 T tokens of all rows end to end. Arguments of a packed call come as (B, T / B, ...) and are cut as (1, T, ...). Which
 dimension has the tokens is told by its size; where two could, it is an error.
 
-Sequences of similar length run together, padded on the right: in a causal module nothing that follows a token changes
-it, and `verify`, whose two examples differ by a token, tells whether a module is one. So few calls are made, and the
-padding is confined to the module.
+Where a module is a recurrence, sequences of similar length run together (`padfree_patch.any_decoder.groups`).
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from ..batch.packed_batch import PackedBatch
 from ..errors import PadfreeError
+from .groups import groups_of, is_recurrent
 from .noted_mask import is_noted, number_of, recipes
 
 
@@ -60,33 +59,22 @@ class Cutter:
         return results
 
     def _groups(self, flat: dict[str, Any]) -> list[list[int]]:
-        """Returns the sequences that run together: no group has more than a sixth of padding."""
-        by_length = sorted(range(len(self._lengths)), key=lambda each: -self._lengths[each])
-        if not all(self._can_be_padded(value, self._dims.get(name)) for name, value in flat.items()):
-            return [[each] for each in by_length]
-        sizes, groups = _sizes_of(self._module), list[list[int]]()
-        real = 0
-        for each in by_length:
-            longest = self._lengths[groups[-1][0]] if groups else 0
-            real += self._lengths[each]
-            if not groups or longest in sizes or longest * (len(groups[-1]) + 1) > 1.2 * real:
-                groups.append([])
-                real = self._lengths[each]
-            groups[-1].append(each)
-        # A number of sequences that equals their length could not be told from it.
-        return [
-            part for group in groups for part in (_halves(group) if len(group) == self._longest(group) else [group])
-        ]
-
-    def _longest(self, members: list[int]) -> int:
-        return max(self._lengths[each] for each in members)
+        """Returns which sequences run together, by number."""
+        if not is_recurrent(self._module) or not all(
+            self._can_be_padded(value, self._dims.get(name)) for name, value in flat.items()
+        ):
+            return [[each] for each in range(len(self._lengths))]
+        return groups_of(self._lengths, apart=_sizes_of(self._module))
 
     def _can_be_padded(self, value: Any, known: int | None) -> bool:
         if isinstance(value, dict):
             value = tuple(value.values())
         if isinstance(value, (tuple, list)):
             return not _is_shape(value) and all(self._can_be_padded(each, None) for each in value)
-        if not isinstance(value, Tensor) or is_noted(value) or value.dim() < 2:
+        if is_noted(value):
+            mask = self._mask(number_of(value), self._lengths[0])
+            return not isinstance(mask, Tensor) or mask.shape[0] == 1
+        if not isinstance(value, Tensor) or value.dim() < 2:
             return True
         dims = self._token_dims(value) if known is None else [known]
         return not dims or (len(dims) == 1 and value.shape[0] == 1)
@@ -212,11 +200,6 @@ class Cutter:
             f"{self._who}, run on each sequence, gives a tensor of shape {tuple(value.shape)}, which has no dimension "
             f"for the {self._lengths[0]} tokens of the first and is not the same for all"
         )
-
-
-def _halves(members: list[int]) -> list[list[int]]:
-    middle = max(len(members) // 2, 1)
-    return [part for part in (members[:middle], members[middle:]) if part]
 
 
 def _is_shape(value: Any) -> bool:
