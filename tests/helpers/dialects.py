@@ -152,17 +152,25 @@ def _meaning(batch: Batch) -> Spans | None:
         real = [bool(number) for row in numbers for number in row]
         if max(max(row) for row in numbers) > 1:
             begins.append(_changes(numbers) | {i for i in _changes([real])})
-    positions = said["position_ids"].reshape(rows, tokens).tolist() if "position_ids" in said else None
+    positions = said.get("position_ids")
+    if positions is not None:  # of one row, they are those of all
+        positions = (positions.expand if tuple(positions.shape) == (1, tokens) else positions.reshape)(
+            rows, tokens
+        ).tolist()
     if not begins:
         begins.append({i for i in range(total) if i % tokens == 0 or (positions and _breaks(positions, i, tokens))})
-    first = {i for i in begins[0] if real[i]}
-    if any({i for i in each if real[i]} != first for each in begins) or not {*range(0, total, tokens)} <= begins[0]:
+    if not {*range(0, total, tokens)} <= begins[0]:
         return None
+    pairs = [(i, j) for i, j in itertools.pairwise(k for k in range(total) if real[k]) if i // tokens == j // tokens]
+    numbers = [list(itertools.accumulate(i in each for i in range(total))) for each in begins]
+    if any([n[i] == n[j] for i, j in pairs] != [numbers[0][i] == numbers[0][j] for i, j in pairs] for n in numbers):
+        return None
+    owner = numbers[0]
     inside = [i for i in range(total) if i % tokens and real[i] and real[i - 1]]
-    if positions and any(_breaks(positions, i, tokens) < (i in first) for i in inside):
+    if positions and any(_breaks(positions, i, tokens) < (owner[i] != owner[i - 1]) for i in inside):
         return None
-    ends = [*sorted(first), total]
-    spans = [(a, next((i for i in range(a, b) if not real[i]), b)) for a, b in itertools.pairwise(ends)]
+    owned = [[i for i in range(total) if real[i] and owner[i] == number] for number in sorted({*owner})]
+    spans = [(each[0], each[-1] + 1) for each in owned if each]
     return spans if sum(end - begin for begin, end in spans) == sum(real) else None  # a hole in the mask
 
 
