@@ -26,8 +26,8 @@ def main() -> None:
 
 def page() -> str:
     """Returns the text with the tables and figures in their places."""
-    names = ("step", "memory", "attention", "scaling", "convergence", "overhead", "packing", "gpu")
-    step, memory, attention, scaling, convergence, overhead, packing, gpu = (
+    names = ("step", "memory", "attention", "scaling", "convergence", "overhead", "packing", "per_sequence", "gpu")
+    step, memory, attention, scaling, convergence, overhead, packing, per_sequence, gpu = (
         json.loads((RESULTS / f"{name}.json").read_text()) for name in names
     )
     fits = scaling["fits"]
@@ -66,6 +66,7 @@ def page() -> str:
         overhead=overhead_table(overhead["calls"]),
         apply=f"{1e3 * overhead['apply_32_layers_seconds']:.1f}",
         verify=f"{1e3 * overhead['verify_4_layers_seconds']:.0f}",
+        per_sequence=per_sequence_table(per_sequence["models"]),
         **gpu_values(gpu),
         syncs=", ".join(f"{count} {name}" for name, count in overhead["syncs_per_step"].items()),
     )
@@ -197,6 +198,12 @@ def overhead_table(calls: dict[str, dict[str, Any]]) -> str:
             )
         )
     return table(("ordinary call", "added", "of the forward", "operators", "syncs"), rows)
+
+
+def per_sequence_table(models: list[dict[str, Any]]) -> str:
+    kinds = ("padded", "one by one", "row")
+    rows = ((each["model_type"], each["way"], *(spread(each["ratios"][kind]) for kind in kinds)) for each in models)
+    return table(("model type", "way", "over padded", "over one by one", "over the row that mixes"), rows)
 
 
 def gpu_values(found: dict[str, Any]) -> dict[str, Any]:
