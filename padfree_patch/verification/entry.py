@@ -38,7 +38,7 @@ class Entry:
 
     def random_texts(self, *lengths: int) -> list[Tensor]:
         """Draws token ids (1, length) each, with the model's first and last token of a text at the ends."""
-        weight = cast(Tensor, self._embed.weight)
+        weight = next(self._embed.parameters())  # of the embedding itself, whatever PEFT has put around it
         generator = torch.Generator().manual_seed(0)
         with torch.device("cpu"):  # whatever the default device is, the generator is there
             texts = [torch.randint(weight.shape[0], (1, n), generator=generator) for n in lengths]
@@ -75,11 +75,17 @@ class Entry:
     def _run(self, tokens: Tensor, options: dict[str, Tensor]) -> object:
         with self._graph_cut_at_embeddings():
             if self._by_ids:
-                output = self._model(input_ids=tokens, **options)
+                output = self._called(input_ids=tokens, **options)
                 if self.embeddings:
                     return output
                 self._by_ids = False  # it does not call the embedding, so that no gradient would begin there
-            return self._model(inputs_embeds=self._embed(tokens), **options)
+            return self._called(inputs_embeds=self._embed(tokens), **options)
+
+    def _called(self, **options: Tensor) -> object:
+        """Calls the model with arguments by name, but those by position that its forward takes in no other way."""
+        only = [name for name, each in self._parameters.items() if each.kind is each.POSITIONAL_ONLY]
+        given = [options.pop(name) if name in options else self._parameters[name].default for name in only]
+        return self._model(*given, **options)
 
     @contextmanager
     def _graph_cut_at_embeddings(self) -> Iterator[None]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _names: weakref.WeakKeyDictionary[Callable[..., Any], tuple[tuple[str, ...], bool]] = weakref.WeakKeyDictionary()
@@ -66,7 +67,7 @@ class Call:
     Made only for calls that concern a patched model: torch.compile traces all others as one graph.
     """
 
-    __slots__ = ("_like", "_rest", "arguments", "names", "original")
+    __slots__ = ("_given", "_like", "_rest", "arguments", "names", "original")
 
     original: Callable[..., Any]
     """The function itself, as it was before it was wrapped."""
@@ -80,6 +81,7 @@ class Call:
         self.original = self._like = original
         self.arguments = {**dict(zip(names, args)), **kwargs}
         self.names, self._rest = names, args[len(names) :]  # if that is too many, the function says so
+        self._given = min(len(args), len(names))  # by position
 
     @property
     def module(self) -> Any:
@@ -99,6 +101,7 @@ class Call:
         twin = copy.copy(self)
         twin.original, twin._like = original or self.original, original or self._like
         twin.arguments = {**self.arguments, **arguments}
+        twin._given = 1 if original else self._given
         return twin
 
     def named_like(self, function: Callable[..., Any]) -> Call:
@@ -109,8 +112,20 @@ class Call:
         return named
 
     def proceed(self) -> Any:
-        """Calls the function itself."""
-        arguments = dict(self.arguments)
-        names = self.names if self._rest else self.names[:1]
-        given = [arguments.pop(name) for name in names if name in arguments]
+        """Calls the function itself, with what came by position at its position: it may have other names for it."""
+        arguments, given = dict(self.arguments), []
+        parameters = signature(self._like).parameters
+        for name in self.names[: self._by_position(parameters)]:
+            if name not in arguments and (
+                name not in parameters or parameters[name].default is inspect.Parameter.empty
+            ):
+                break  # it was taken out, and the function says what is missing
+            given.append(arguments.pop(name) if name in arguments else parameters[name].default)
         return self.original(*given, *self._rest, **arguments)
+
+    def _by_position(self, parameters: Mapping[str, inspect.Parameter]) -> int:
+        """Returns how many arguments go by position: those that came so, and those that can go in no other way."""
+        if self._rest:
+            return len(self.names)
+        only = itertools.takewhile(lambda each: each.kind is each.POSITIONAL_ONLY, parameters.values())
+        return max([1, self._given, *(n for n, each in enumerate(only, 1) if each.name in self.arguments)])

@@ -73,3 +73,16 @@ def test_decoder_called_alone_needs_no_head(llama, batch):
 
     padfree_patch.apply(llama).forward = types.MethodType(own_forward, llama)
     assert hidden_states(llama).shape[1] == batch["input_ids"].shape[1]
+
+
+def test_a_function_of_other_names_is_called_by_position_as_unpatched(llama, batch):
+    """What somebody puts on the instance may have no name of upstream's."""
+    ids, mask = batch["input_ids"], torch.ones_like(batch["input_ids"])
+
+    def replace_and_call(model):
+        inner = model.forward
+        model.forward = lambda tokens, real=None: inner(input_ids=tokens, attention_mask=real)
+        return model(ids, mask).logits
+
+    expected = replace_and_call(copy.deepcopy(llama))
+    assert torch.equal(replace_and_call(padfree_patch.apply(llama)), expected)

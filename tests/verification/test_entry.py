@@ -140,3 +140,31 @@ def test_compiled_models_are_checked_without_compiling(llama):
     counters.clear()
     assert padfree_patch.verify(actor) and padfree_patch.verify(llama)
     assert not counters["stats"]
+
+
+def test_arguments_that_go_by_position_only_are_passed_so(llama, batch):
+    class ByPosition(type(llama)):
+        def forward(self, input_ids, attention_mask=None, /, position_ids=None, **options):
+            return super().forward(input_ids, attention_mask, position_ids, **options)
+
+    llama.__class__ = ByPosition
+    expected = llama(batch["input_ids"]).logits
+    padfree_patch.apply(llama)
+    assert torch.equal(llama(batch["input_ids"]).logits, expected)
+    ids = batch.pop("input_ids")
+    assert not torch.equal(llama(ids, **batch).logits, expected)  # the control: this row is packed
+
+
+def test_an_embedding_inside_a_wrapper_is_drawn_from(llama):
+    """PEFT 0.7 shows no weight of what it puts around modules to save."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, ids):
+            return self.inner(ids)
+
+    llama.set_input_embeddings(Wrapper(llama.get_input_embeddings()))
+    assert padfree_patch.verify(padfree_patch.apply(llama))
