@@ -211,5 +211,8 @@ def _sizes_in(values: dict[str, Any]) -> dict[str, int]:
     return {
         name: value
         for name, value in values.items()
-        if ("window" in name or "attention_chunk" in name) and type(value) is int and value > 0
+        if ("window" in name or "attention_chunk" in name)
+        and not ("pattern" in name or "layers" in name)  # every how many layers, and from which on
+        and type(value) is int
+        and value > 0
     }
