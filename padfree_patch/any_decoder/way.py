@@ -8,7 +8,7 @@ import inspect
 from torch import nn
 
 from ..models import pretrained_modules
-from ..seams.interface import can_be_answered
+from ..seams.interface import caller_of, can_be_answered
 from ..wrapping.call import signature
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import original_of
@@ -49,11 +49,26 @@ def ways_of(model: nn.Module) -> list[Way]:
     """
     models = tuple(each for each in pretrained_modules(model) if _takes_tokens(each))
     users = tuple(each for each in model.modules() if can_be_answered(each))
+    plain = tuple(each for each in users if not counts_tokens(each))
     others = frozenset(type(each) for each in _innermost(model) if each not in models)
     answered = frozenset(type(each) for each in users)
-    fast = [Way(models, users, others - answered)] if users else []
+    counting = answered - {type(each) for each in plain}
+    fast = [Way(models, plain, (others - answered) | counting)] if plain else []
     layers = frozenset(type(each) for each in _in_lists(model) if _takes_mask(each))
     return [*fast, Way(models, (), others | answered), *([Way(models, (), layers)] if layers else [])]
+
+
+_COUNTING = {"arange", "cumsum", "log", "log1p", "floor"}
+"""What the code of a forward calls that works something out from how far in the row a token is."""
+
+
+def counts_tokens(module: nn.Module) -> bool:
+    """Whether an attention module counts the tokens of its row itself, as Llama 4 does for the scale of its queries.
+
+    It may do so from a length on that no check reaches.
+    """
+    caller = caller_of(module)
+    return caller is not None and not _COUNTING.isdisjoint(caller.__code__.co_names)
 
 
 def parameter_names(module: nn.Module) -> list[str]:

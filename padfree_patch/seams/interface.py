@@ -68,7 +68,7 @@ def uses_interface(module: nn.Module, patch: Patch) -> bool:
 
 def can_be_answered(module: nn.Module) -> bool:
     """Whether a module calls the functions of the interface where they can be answered."""
-    caller = _caller(module)
+    caller = caller_of(module)
     if caller is None:
         return False
     config = getattr(module, "config", None)
@@ -77,14 +77,14 @@ def can_be_answered(module: nn.Module) -> bool:
 
 def namespace_of(module: nn.Module) -> str:
     """Returns the name of the file whose code calls the interface for a module that uses it."""
-    caller = _caller(module)
+    caller = caller_of(module)
     assert caller is not None
     name: str = caller.__globals__["__name__"]
     return name
 
 
-def _caller(module: nn.Module) -> FunctionType | None:
-    """Returns the function, under its decorators, whose code names the mapping of the interface."""
+def caller_of(module: nn.Module) -> FunctionType | None:
+    """Returns the function, under a forward's decorators, whose code names the mapping of the interface, or None."""
     function: Any = original_of(type(module).forward)
     while function is not None:
         if isinstance(function, FunctionType) and FUNCTIONS in function.__code__.co_names:
