@@ -2,23 +2,18 @@
 
 T tokens of all rows end to end. Arguments of a packed call come as (B, T / B, ...) and are cut as (1, T, ...). Which
 dimension has the tokens is told by its size; where two could, it is an error.
-
-Where a module is a recurrence, sequences of similar length run together (`padfree_patch.any_decoder.groups`).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch.packed_batch import PackedBatch
 from ..errors import PadfreeError
-from .groups import groups_of, is_recurrent
 from .noted_mask import is_noted, number_of, recipes
 
 
@@ -47,53 +42,12 @@ class Cutter:
         """Runs something on each sequence's part of the arguments."""
         flat = {name: self._flat(value, self._dims.get(name)) for name, value in arguments.items()}
         counts = {name: value - self._tokens for name, value in arguments.items() if self._is_count(name, value)}
-        begins = list(itertools.accumulate(self._lengths, initial=0))
-        results: list[Any] = [None] * len(self._lengths)
-        for members in self._groups(flat):
-            longest = max(self._lengths[each] for each in members)
-            places = [(begins[each], self._lengths[each]) for each in members]
-            cut = {name: self._cut(value, places, longest, self._dims.get(name)) for name, value in flat.items()}
-            result = run(cut | {name: longest + beyond for name, beyond in counts.items()})
-            for place, each in enumerate(members):
-                results[each] = self._one_of(result, place, self._lengths[each], len(members), longest)
+        results, begin = [], 0
+        for length in self._lengths:
+            cut = {name: self._cut(value, begin, length, self._dims.get(name)) for name, value in flat.items()}
+            results.append(run(cut | {name: length + beyond for name, beyond in counts.items()}))
+            begin += length
         return results
-
-    def _groups(self, flat: dict[str, Any]) -> list[list[int]]:
-        """Returns which sequences run together, by number."""
-        if not is_recurrent(self._module) or not all(
-            self._can_be_padded(value, self._dims.get(name)) for name, value in flat.items()
-        ):
-            return [[each] for each in range(len(self._lengths))]
-        return groups_of(self._lengths, apart=_sizes_of(self._module))
-
-    def _can_be_padded(self, value: Any, known: int | None) -> bool:
-        if isinstance(value, dict):
-            value = tuple(value.values())
-        if isinstance(value, (tuple, list)):
-            return not _is_shape(value) and all(self._can_be_padded(each, None) for each in value)
-        if is_noted(value):
-            mask = self._mask(number_of(value), self._lengths[0])
-            return not isinstance(mask, Tensor) or mask.shape[0] == 1
-        if not isinstance(value, Tensor) or value.dim() < 2:
-            return True
-        dims = self._token_dims(value) if known is None else [known]
-        return not dims or (len(dims) == 1 and value.shape[0] == 1)
-
-    def _one_of(self, result: Any, place: int, length: int, members: int, longest: int) -> Any:
-        """Returns one sequence's part of what a group gave."""
-        if members == 1:
-            return result
-        inside = _inside(result, lambda each: self._one_of(each, place, length, members, longest))
-        if inside is not None or not isinstance(result, Tensor) or result.dim() < 2:
-            return result if inside is None else inside
-        of_each = result.shape[0] == members
-        value = result[place : place + 1] if of_each else result
-        for dim in range(of_each, value.dim()):
-            if value.shape[dim] == longest:
-                value = value.narrow(dim, 0, length)
-                if value.dim() < 4:
-                    break
-        return value
 
     def _is_count(self, name: str, value: object) -> bool:
         """Whether an argument is the number of the row's tokens, or the position of the last one."""
@@ -115,25 +69,21 @@ class Cutter:
             raise self._ambiguous(value)
         return value.transpose(1, dims[0]).flatten(0, 1).unsqueeze(0).transpose(1, dims[0])
 
-    def _cut(self, value: Any, places: list[tuple[int, int]], longest: int, known: int | None) -> Any:
-        """Returns the part of an argument that belongs to sequences, each given by its first token and length."""
-        if _is_shape(value):
-            return type(value)(longest if each == self._total else each for each in value)
-        if (inside := _inside(value, lambda each: self._cut(each, places, longest, None))) is not None:
+    def _cut(self, value: Any, begin: int, length: int, known: int | None) -> Any:
+        if isinstance(value, (tuple, torch.Size)) and len(value) > 1 and all(type(each) is int for each in value):
+            return type(value)(length if each == self._total else each for each in value)  # a shape
+        if (inside := _inside(value, lambda each: self._cut(each, begin, length, None))) is not None:
             return inside
         if not isinstance(value, Tensor):
             return value
         if is_noted(value):
-            return self._mask(number_of(value), longest)
+            return self._mask(number_of(value), length)
         if value.dim() == 1:  # cache_position, from 0 on
             counts = value.shape[0] == self._total and not value.is_floating_point()
-            return value[:longest] if counts else value
-        dims = self._token_dims(value) if known is None else [known]
-        if len(places) == 1 or not dims:
-            for dim in dims:
-                value = value.narrow(dim, *places[0])
-            return value
-        return torch.cat([_padded(value.narrow(dims[0], *each), dims[0], longest) for each in places])
+            return value[:length] if counts else value
+        for dim in self._token_dims(value) if known is None else [known]:
+            value = value.narrow(dim, begin, length)
+        return value
 
     def _mask(self, number: int, length: int) -> Any:
         key = number, length
@@ -200,15 +150,6 @@ class Cutter:
             f"{self._who}, run on each sequence, gives a tensor of shape {tuple(value.shape)}, which has no dimension "
             f"for the {self._lengths[0]} tokens of the first and is not the same for all"
         )
-
-
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, (tuple, torch.Size)) and len(value) > 1 and all(type(each) is int for each in value)
-
-
-def _padded(value: Tensor, dim: int, length: int) -> Tensor:
-    missing = length - value.shape[dim]
-    return F.pad(value, (0, 0) * (value.dim() - 1 - dim) + (0, missing)) if missing else value
 
 
 def _sizes_of(module: nn.Module) -> set[object]:
