@@ -193,7 +193,8 @@ def page(found: Cells) -> str:
         "transformers minor. In each cell, all checks of `padfree_patch.testing` run: logits, loss and gradients "
         "against each example alone, isolation bit for bit, several rows, two forwards before one backward with both "
         "kinds of checkpointing, device syncs, the largest tensor, router losses of mixtures of experts, and ordinary"
-        " calls, which must be bit-identical.",
+        " calls, which must be bit-identical. What else models do was measured by "
+        "[transformers' own tests](upstream-tests.md).",
         "",
         "- **exact**: all checks pass on the patched model, not all on the unpatched one.",
         "- **native-exact**: the unpatched model passes them too.",

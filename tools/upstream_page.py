@@ -69,7 +69,8 @@ def section(version: str, found: Mapping[str, Any]) -> Iterator[str]:
     rows: dict[str, Counts] = found["architectures"]
     commit = f" ({found['commit']})" if found["commit"] else ""
     yield f"## {version}"
-    yield f"transformers {version}{commit} on torch {found['torch']}, with `{found['options']}`."
+    options = f", with `{found['options']}`" if found["options"] else ""
+    yield f"transformers {version}{commit} on torch {found['torch']}{options}."
     total = {key: sum(each[key] for each in rows.values()) for key in COUNTS}
     lines = [row(name, rows[name]) for name in sorted(rows)]
     yield "\n".join([line(["", *COUNTS.values()]), line(["---"] * (len(COUNTS) + 1)), *lines, row("all", total)])

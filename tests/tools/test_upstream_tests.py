@@ -161,6 +161,14 @@ def test_versions_that_no_index_has_are_installed_from_a_copy(tmp_path, version,
     assert not (copy / "tests").exists()
 
 
+@pytest.mark.parametrize(("version", "found"), [("4.36.2", "pytest>=7.2.0,<8"), ("4.57.6", "pytest>=7.2.0,<9")])
+def test_pytest_is_no_later_than_the_tests(tmp_path, version, found):
+    (tmp_path / "src" / "transformers").mkdir(parents=True)
+    (tmp_path / "src" / "transformers" / "__init__.py").write_text(f'__version__ = "{version}"\n')
+    (tmp_path / "setup.py").write_text('"pytest>=7.2.0",')
+    assert upstream_tests.needs(tmp_path, tmp_path / "folder")[2] == found
+
+
 def test_nothing_compared_is_no_success(checkout, monkeypatch):
     monkeypatch.setattr(upstream_tests, "outcomes_of", lambda checkout, options: {})
     assert upstream_tests.main(checkout, []) == upstream_tests.NOT_COMPARED
