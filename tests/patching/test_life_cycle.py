@@ -129,3 +129,27 @@ def test_restore_in_another_thread_does_not_take_the_patch_away(make, batch, alo
     model = padfree_patch.apply(make(), verify=False)
     thread.join()
     assert_exact(model, batch, alone)
+
+
+@pytest.mark.parametrize("first_restored", [0, 1])
+def test_subclasses_that_share_a_wrapped_forward_leave_no_wrapper(llama, batch, first_restored):
+    """Both forwards hand everything on to Llama's, which is wrapped for either of them, and once."""
+    base = type(llama)
+
+    class Handing(base):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    class HandingAgain(Handing):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    classes = Handing, HandingAgain, base
+    own = [vars(each)["forward"] for each in classes]
+    models = [cls(llama.config).eval() for cls in classes[:2]]
+    for model in models:
+        padfree_patch.apply(model)
+        assert model(**batch).logits.isfinite().all()
+    padfree_patch.restore(models[first_restored])
+    padfree_patch.restore(models[1 - first_restored])
+    assert [vars(each)["forward"] for each in classes] == own

@@ -81,16 +81,20 @@ def generated(model, assistant, mask, *, rows=2, **options):
 @pytest.mark.parametrize("loop", LOOPS)
 def test_every_loop_gives_what_it_gives_unpatched(models, loop):
     plain, patched = models
+    failing = []
     for padding, mask in MASKS.items():
         expected = generated(*plain, mask, **LOOPS[loop])
         found = generated(*patched, mask, **LOOPS[loop])
         if isinstance(expected, str):
             assert found == expected, padding
+            failing.append(expected)
         else:
             torch.testing.assert_close(
                 found, expected, rtol=0, atol=0, msg=lambda text, where=padding: f"{where}: {text}"
             )
     assert not under_way.generating
+    if len(failing) == len(MASKS):
+        pytest.skip(f"upstream fails unpatched, and the patched model alike: {failing[0][:80]}")
 
 
 def test_a_call_outside_of_the_loops_is_read(llama):

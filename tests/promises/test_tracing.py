@@ -40,10 +40,11 @@ def result_or_error(trace, model, call):
 
 
 def assert_same(found, expected):
+    """Passes only for results; the same error from both is a skip that says so."""
     if isinstance(expected, str):
         assert found == expected
-    else:
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        pytest.skip(f"upstream fails unpatched, and the patched model alike: {expected[:80]}")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def exported(model, call):
@@ -122,8 +123,11 @@ def test_ordinary_calls_are_traced_as_unpatched(trace, call):
 def test_fx_traces_models_of_a_patched_class(call):
     expected = result_or_error(fx_traced, small(), CALLS[call])
     patched = apply(small())
-    for model in (small(), patched):
-        assert_same(result_or_error(fx_traced, model, CALLS[call]), expected)
+    found = [result_or_error(fx_traced, model, CALLS[call]) for model in (small(), patched)]
+    if isinstance(expected, str):
+        assert found == [expected] * 2
+    for each in found:
+        assert_same(each, expected)
 
 
 class AnyKeywords(torch.nn.Module):
