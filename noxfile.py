@@ -243,8 +243,14 @@ def eras(session: nox.Session) -> None:
     _matrix(session, "--compare")
 
 
+@nox.session(venv_backend="none")
+def breadth(session: nox.Session) -> None:
+    """Every decoder of six transformers, or of the versions given, without a patch; adds it to docs/support.md."""
+    _matrix(session, "--breadth", *session.posargs)
+
+
 def _matrix(session: nox.Session, *options: str) -> None:
-    """Runs tools/matrix.py on the built wheel, two versions at a time, each in an environment of its own."""
+    """Runs tools/matrix.py or breadth.py on the built wheel, two versions at a time, each in its own environment."""
     session.run(sys.executable, "tools/matrix_on_versions.py", TORCH, *options, external=True)
 
 

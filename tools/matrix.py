@@ -5,6 +5,7 @@ python tools/matrix.py OUTPUT.json         one version's verdicts; with --native
                                            none of them runs
 python tools/matrix.py --merge FOLDER      all of them into docs/support.json, docs/support.md and the package's table
 python tools/matrix.py --compare FOLDER    fails if they are not what docs/support.json says
+python tools/matrix.py --breadth FOLDER    what tools/breadth.py wrote, into docs/breadth.json and docs/support.md
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+import breadth_page
 from helpers import flash_attention_here
 from padfree_patch import PadfreeError, patching, versions
 from padfree_patch.patching import support
@@ -128,7 +130,12 @@ def merge(folder: Path) -> None:
         for version, row in found.items()
     }
     TABLE.write_text(json.dumps(words, indent=0) + "\n")
-    PAGE.write_text(page(found))
+    draw()
+
+
+def draw() -> None:
+    """Writes docs/support.md from the two tables."""
+    PAGE.write_text(page(json.loads(CELLS.read_text()), breadth_page.section(breadth_page.read())))
 
 
 def compare(folder: Path) -> None:
@@ -174,8 +181,8 @@ def summary(variants: dict[str, str]) -> str:
     )
 
 
-def page(found: Cells) -> str:
-    """Returns the text of docs/support.md."""
+def page(found: Cells, by_name: Sequence[str]) -> str:
+    """Returns the text of docs/support.md, with the lines of the part about any decoder by name."""
     model_types = sorted({model_type for row in found.values() for model_type in row})
     cells = [
         (version, model_type, implementation, variant, said)
@@ -188,7 +195,10 @@ def page(found: Cells) -> str:
     lines = [
         "# Support",
         "",
-        "`nox -s matrix` makes this page, and [support.json](support.json) for programs. A cell is an architecture in"
+        *by_name,
+        "## Registered architectures",
+        "",
+        "`nox -s matrix` makes this part, and [support.json](support.json) for programs. A cell is an architecture in"
         " one of its configurations, loaded with one attention implementation, on the last patch release of a "
         "transformers minor. In each cell, all checks of `padfree_patch.testing` run: logits, loss and gradients "
         "against each example alone, isolation bit for bit, several rows, two forwards before one backward with both "
@@ -215,7 +225,7 @@ def page(found: Cells) -> str:
     for implementation in patching.IMPLEMENTATIONS:
         lines += [
             "",
-            f"## {implementation}",
+            f"### {implementation}",
             "",
             f"| | {' | '.join(model_types)} |",
             "|---" * (len(model_types) + 1) + "|",
@@ -227,7 +237,7 @@ def page(found: Cells) -> str:
     for version, *cell, said in cells:
         if said not in ("exact", "native-exact") and not said.startswith("absent"):
             inexact.setdefault((*cell, said), []).append(version)
-    lines += ["", "## What is not exact", ""]
+    lines += ["", "### What is not exact", ""]
     for (model_type, implementation, variant, said), where in sorted(inexact.items()):
         lines.append(f"- {model_type}, {variant}, {implementation}, on {', '.join(where)}: {said}")
     return "\n".join(lines) + "\n"
@@ -249,6 +259,9 @@ if __name__ == "__main__":
         merge(Path(sys.argv[2]))
     elif sys.argv[1] == "--compare":
         compare(Path(sys.argv[2]))
+    elif sys.argv[1] == "--breadth":
+        breadth_page.merge(Path(sys.argv[2]))
+        draw()
     else:
         flash_attention_here.pretend()
         main()

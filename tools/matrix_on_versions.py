@@ -1,9 +1,12 @@
-"""Runs tools/matrix.py on many transformers, two at a time, each in an environment of its own; `nox -s matrix`, `eras`.
+"""Runs tools/matrix.py or breadth.py on many transformers, two at a time, each in an environment of its own.
+
+`nox -s matrix`, `eras` and `breadth` call it:
 
 python tools/matrix_on_versions.py torch==VERSION --merge [TRANSFORMERS VERSION...]     all checks
 python tools/matrix_on_versions.py torch==VERSION --compare                             quickly, on the ends of each era
+python tools/matrix_on_versions.py torch==VERSION --breadth [TRANSFORMERS VERSION...]   every decoder, any patch or none
 
-Without versions --merge takes every minor. The package is the wheel that is built first, not the repository.
+Without versions --merge takes every minor, --breadth six. The package is the wheel that is built first.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(".nox", "matrix").resolve()
+VERDICTS = FOLDER / "verdicts"
 UV = str(Path(sys.executable).with_name("uv"))  # beside nox, which need not be on PATH
 HELPERS = os.pathsep.join(["tests", "tests/helpers/stand_ins"])
 ENVIRONMENT = {**os.environ, "PYTHONPATH": HELPERS, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -39,6 +43,10 @@ LAST_OF_ERA = ["4.34.1", "4.35.2", "4.37.2", "4.42.4", "4.47.1", "4.52.4", "4.57
 Variants are compared on the last ones only: what an era adds to a way of reaching attention stays until its end.
 """
 
+OF_BREADTH = ["4.36.2", "4.41.2", "4.48.3", "4.53.3", "4.57.6", "5.24.0"]
+IMPLEMENTATIONS = ["default", "eager", "flash_attention_2"]
+"""How models are loaded for the breadth; "default" is upstream's choice."""
+
 
 def python_of(version: str) -> str:
     return str(FOLDER / version / "bin" / "python")
@@ -46,20 +54,19 @@ def python_of(version: str) -> str:
 
 def built_wheel() -> Path:
     """Builds the package's wheel, and empties the folder of the verdicts."""
-    shutil.rmtree(FOLDER / "verdicts", ignore_errors=True)
-    (FOLDER / "verdicts").mkdir(parents=True)
+    shutil.rmtree(VERDICTS, ignore_errors=True)
+    VERDICTS.mkdir(parents=True)
     subprocess.run([UV, "build", "--quiet", "--wheel", "--out-dir", str(FOLDER)], check=True)
     (wheel,) = FOLDER.glob("*.whl")
     return wheel
 
 
-def run(version: str, packages: list[str], option: str) -> subprocess.CompletedProcess[str]:
-    """Makes an environment and collects the verdicts on one version in it; ends at the first step that fails."""
-    verdicts = str(FOLDER / "verdicts" / f"{version}.json")
+def run(version: str, packages: list[str], scripts: list[list[str]]) -> subprocess.CompletedProcess[str]:
+    """Makes an environment and runs scripts, with arguments, in it; ends at the first step that fails."""
     steps = [
         [UV, "venv", "--quiet", "--clear", "--python", sys.executable, str(FOLDER / version)],
         [UV, "pip", "install", "--quiet", "--python", python_of(version), f"transformers=={version}", *packages],
-        [python_of(version), "tools/matrix.py", verdicts, option],
+        *([python_of(version), *script] for script in scripts),
     ]
     for step in steps:
         done = subprocess.run(step, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT)
@@ -68,27 +75,36 @@ def run(version: str, packages: list[str], option: str) -> subprocess.CompletedP
     return done
 
 
-def options_of(what_then: str, chosen: Sequence[str]) -> dict[str, str]:
-    """Returns the option of tools/matrix.py for each version."""
+def scripts_of(what_then: str, chosen: Sequence[str]) -> dict[str, list[list[str]]]:
+    """Returns what to run on each version: a script of tools/, where it writes what it finds, and an option."""
+    if what_then == "--breadth":
+        return {
+            version: [["tools/breadth.py", str(VERDICTS / f"{version}-{each}.json"), each] for each in IMPLEMENTATIONS]
+            for version in chosen or OF_BREADTH
+        }
     if what_then == "--merge":
-        return dict.fromkeys(chosen or LAST_PATCHES, "--natively")
-    return {**dict.fromkeys(LAST_OF_ERA, "--quick"), **dict.fromkeys(FIRST_OF_ERA, "--defaults")}
+        options = dict.fromkeys(chosen or LAST_PATCHES, "--natively")
+    else:
+        options = {**dict.fromkeys(LAST_OF_ERA, "--quick"), **dict.fromkeys(FIRST_OF_ERA, "--defaults")}
+    return {
+        version: [["tools/matrix.py", str(VERDICTS / f"{version}.json"), option]] for version, option in options.items()
+    }
 
 
 def main(torch: str, what_then: str, *chosen: str) -> None:
     """Prints what came of each version, and merges or compares all."""
-    options = options_of(what_then, chosen)
-    beside = {version: [torch, "numpy<2" if version.startswith("4") else "numpy"] for version in options}
+    scripts = scripts_of(what_then, chosen)
+    beside = {version: [torch, "numpy<2" if version.startswith("4") else "numpy"] for version in scripts}
     wheel = str(built_wheel())
     with ThreadPoolExecutor(max_workers=2) as pool:
         futures = {
-            version: pool.submit(run, version, [*more, wheel], options[version]) for version, more in beside.items()
+            version: pool.submit(run, version, [*more, wheel], scripts[version]) for version, more in beside.items()
         }
         outcomes = {version: future.result() for version, future in futures.items()}
     for version, outcome in outcomes.items():
         print(f"{version}: {outcome.stdout.strip()}")
-    python = python_of(next(iter(options)))
-    subprocess.run([python, "tools/matrix.py", what_then, str(FOLDER / "verdicts")], check=True, env=ENVIRONMENT)
+    python = python_of(next(iter(scripts)))
+    subprocess.run([python, "tools/matrix.py", what_then, str(VERDICTS)], check=True, env=ENVIRONMENT)
     if any(outcome.returncode for outcome in outcomes.values()):
         sys.exit("not every version passed")
 

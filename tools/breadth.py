@@ -1,0 +1,256 @@
+"""Tries `apply` on a tiny model of every causal language model of this transformers; writes what came of it as JSON.
+
+python tools/breadth.py OUTPUT.json IMPLEMENTATION [MODEL TYPE...]    "default" is what upstream takes by itself
+
+A packed row of three examples is compared with each example alone, through an unpatched copy: logits, the gradients of
+every parameter, and these again under both kinds of gradient checkpointing. `nox -s breadth` runs it on six versions;
+tools/breadth_page.py puts the results together.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import inspect
+import json
+import logging
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from breadth_page import SAME
+from config_rules import VOCABULARY
+from helpers import flash_attention_here
+from padfree_patch import PadfreeError, apply
+from padfree_patch.any_decoder.way import ways_of
+from padfree_patch.patching import way_of
+from padfree_patch.registry import patch_for
+from padfree_patch.seams.kernel import recording_windows
+from padfree_patch.testing import checkpointing
+from tiny_configs import all_types, tiny_model
+
+LENGTHS = (11, 7, 14)
+LOGIT_BAR = 2e-5
+"""Of the largest error of a logit, relative to the largest logit; float32."""
+GRADIENT_BAR = 2e-4
+"""Of the largest error of a parameter's gradient, relative to its largest element."""
+SMALLEST_GRADIENT = 1e-3
+"""Of the largest gradient of all: what is smaller counts as this large, since its rounding is that of larger ones."""
+KINDS = ("not reentrant", "reentrant")
+NO_DECODER = ("is not causal", "is an encoder-decoder")
+"""What `apply` says of models that packed rows make no sense for."""
+FAILS_ALONE = "fails without padfree_patch too"
+
+Apply = Callable[[nn.Module], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a model gives for the examples: what it shows for each token, and the gradient of each parameter."""
+
+    output: Tensor
+    gradients: dict[str, Tensor]
+
+    def errors(self, expected: Result) -> tuple[float, float]:
+        """Returns the largest error of the output and of the gradients, relative to what is expected."""
+        largest = max(each.abs().max().item() for each in expected.gradients.values())
+        names = self.gradients.keys() | expected.gradients.keys()
+        error = max(self._gradient_error(expected, name, SMALLEST_GRADIENT * largest) for name in names)
+        return relative(self.output, expected.output), error
+
+    def _gradient_error(self, expected: Result, name: str, floor: float) -> float:
+        mine, theirs = (each.gradients.get(name, torch.zeros(())) for each in (self, expected))
+        return ((mine - theirs).abs().max() / theirs.abs().max().clamp_min(floor)).item()
+
+    def is_exact(self, expected: Result) -> bool:
+        output, gradients = self.errors(expected)
+        return output < LOGIT_BAR and gradients < GRADIENT_BAR  # a NaN is not
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def ids_of(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(4, VOCABULARY - 7, (1, length), generator=generator) for length in LENGTHS]
+
+
+def packed(model: nn.Module, ids: Sequence[Tensor]) -> dict[str, Any]:
+    """Returns a packed row; a model that takes no positions is told by numbers in the mask where examples end."""
+    row = {"input_ids": torch.cat(list(ids), dim=1)}
+    parameters = inspect.signature(type(model).forward).parameters
+    if "position_ids" in parameters or any(each.kind == each.VAR_KEYWORD for each in parameters.values()):
+        return {**row, "position_ids": torch.cat([torch.arange(length) for length in LENGTHS])[None]}
+    numbers = [torch.full((length,), number + 1) for number, length in enumerate(LENGTHS)]
+    return {**row, "attention_mask": torch.cat(numbers)[None]}
+
+
+def alone(ids: Tensor) -> dict[str, Any]:
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def run(model: nn.Module, calls: Sequence[dict[str, Any]]) -> Result:
+    """Runs calls of a model in training, and returns their outputs end to end, and the gradients of all together."""
+    model.train()
+    model.zero_grad(set_to_none=True)
+    output = torch.cat([shown(model, call) for call in calls], dim=1)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(7))
+    (output * weights).sum().backward()
+    gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    return Result(output.detach(), {name: each.clone() for name, each in gradients.items()})
+
+
+def shown(model: nn.Module, call: dict[str, Any]) -> Tensor:
+    """Returns a model's logits, or what a backbone has instead, (1, T, ...)."""
+    takes_cache = "use_cache" in inspect.signature(type(model).forward).parameters
+    output = model(**call, **({"use_cache": False} if takes_cache else {}))
+    logits = output.get("logits")
+    return output[0] if logits is None else logits
+
+
+def row_of(model_type: str, implementation: str, apply_to: Apply = apply) -> dict[str, Any]:
+    """Returns what came of one model type: a verdict, and why or how good it is."""
+    try:
+        model = tiny_model(model_type, implementation)
+    except Exception as error:
+        return {"verdict": "not built", "why": said(error)}
+    row = {"class": type(model).__name__, "implementation": loaded_as(model)}
+    if implementation == "eager" and loaded_as(tiny_model(model_type, "default")) == "eager":
+        return row | {"verdict": SAME}
+    return row | measured(model, apply_to)
+
+
+def loaded_as(model: nn.Module) -> str | None:
+    return getattr(model.config, "_attn_implementation", None)
+
+
+def measured(model: nn.Module, apply_to: Apply) -> dict[str, Any]:
+    unpatched = copy.deepcopy(model)
+    calls = [alone(each) for each in ids_of(5)]
+    try:
+        expected = run(copy.deepcopy(unpatched), calls)
+    except Exception as error:
+        return {"verdict": "upstream fails", "why": said(error)}
+    begin = time.process_time()
+    try:
+        apply_to(model)
+    except PadfreeError as error:
+        return {"verdict": kind_of_refusal(str(error)), "why": str(error)}
+    except Exception as error:
+        return {"verdict": "crashed", "why": f"apply: {said(error)}"}
+    seconds = round(time.process_time() - begin, 2)
+    try:
+        with recording_windows() as windows:
+            found = run(model, [packed(model, ids_of(5))])
+        kind, way = way_in_words(model, unpatched, kernels=bool(windows))
+        moved = moved_by_neighbour(model, expected)
+    except Exception as error:
+        return {"verdict": "crashed", "why": f"a packed row: {said(error)}"}
+    output, gradients = found.errors(expected)
+    row: dict[str, Any] = {"kind": kind, "way": way, "logits": output, "gradients": gradients, "moved": moved}
+    row |= {
+        "seconds": seconds,
+        "checkpointed": {each: checkpointed(model, unpatched, expected, each) for each in KINDS},
+    }
+    exact = found.is_exact(expected) and moved < LOGIT_BAR
+    under = [each.partition(":")[0] for each in row["checkpointed"].values()]
+    return {
+        "verdict": next((each for each in ("WRONG", "crashed") if each in under), "exact") if exact else "WRONG"
+    } | row
+
+
+def kind_of_refusal(why: str) -> str:
+    if FAILS_ALONE in why:
+        return "upstream fails"
+    return "no decoder" if any(each in why for each in NO_DECODER) else "refused"
+
+
+def moved_by_neighbour(model: nn.Module, expected: Result) -> float:
+    """Returns how far the other examples' logits move when the first example changes, or are off in eval mode."""
+    model.eval()
+    ids, first = ids_of(5), LENGTHS[0]
+    with torch.no_grad():
+        before, after = (shown(model, packed(model, each)) for each in (ids, [ids_of(6)[0], *ids[1:]]))
+    return max(relative(after[:, first:], before[:, first:]), relative(before, expected.output))
+
+
+def checkpointed(model: nn.Module, unpatched: nn.Module, expected: Result, kind: str) -> str:
+    """Says what the row gives under gradient checkpointing: exact, WRONG, refused, crashed, or that upstream fails."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        return "upstream has none"
+    patched, calls = copy.deepcopy(model), [packed(model, ids_of(5))]
+    try:
+        checkpointing(reentrant=kind == "reentrant")(patched)
+        found = run(patched, calls)
+    except PadfreeError as error:
+        return f"refused: {said(error)}"
+    except Exception as error:
+        return upstream_checkpointed(unpatched, expected, kind) or f"crashed: {said(error)}"
+    if found.is_exact(expected):
+        return "exact"
+    output, gradients = found.errors(expected)
+    return upstream_checkpointed(unpatched, expected, kind) or f"WRONG: logits {output:.1e}, gradients {gradients:.1e}"
+
+
+def upstream_checkpointed(unpatched: nn.Module, expected: Result, kind: str) -> str | None:
+    """Says how upstream, unpatched, goes wrong with each example alone under checkpointing; None if it does not."""
+    model = copy.deepcopy(unpatched)
+    try:
+        checkpointing(reentrant=kind == "reentrant")(model)
+        found = run(model, [alone(each) for each in ids_of(5)])
+    except Exception as error:
+        return f"upstream fails: {said(error)}"
+    if found.is_exact(expected):
+        return None
+    return f"upstream is wrong: gradients {found.errors(expected)[1]:.1e}"
+
+
+def way_in_words(model: nn.Module, unpatched: nn.Module, *, kernels: bool) -> tuple[str, str]:
+    """Returns how the examples are kept apart: a word for tables, and what `explain` says of it.
+
+    "fast" is a varlen kernel for attention, "mixers" what is no attention and runs on each sequence.
+    """
+    if not (way := way_of(model)):
+        return "registered" if patch_for(model) is not None else "none", ""
+    mixers = "per sequence" in way.replace("per sequence, named by verify", "")
+    named = way.count("named by verify")
+    layers = str(ways_of(unpatched)[-1]) if len(ways_of(unpatched)) > 1 else ""
+    if not kernels:
+        word = "per layer" if layers and way.startswith(layers) and len(ways_of(unpatched)) > 2 else "per sequence"
+    else:
+        word = "fast, mixers per sequence" if mixers else "fast"
+    return word + (", named modules" if named else ""), way
+
+
+def said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def main(output: str, implementation: str, *types: str) -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    if implementation == "flash_attention_2":
+        flash_attention_here.pretend()
+    rows: dict[str, dict[str, Any]] = {}
+    for model_type in types or all_types():
+        gc.collect()
+        gc.freeze()  # what was imported so far: apply collects garbage, which takes as long as there are objects
+        rows[model_type] = row = row_of(model_type, implementation)
+        Path(output).write_text(json.dumps(rows))
+        if row["verdict"] in ("WRONG", "crashed", "refused"):
+            print(f"{implementation} {model_type}: {row}", flush=True)
+    print(f"{implementation}: {dict(Counter(row['verdict'] for row in rows.values()))}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
