@@ -1,10 +1,11 @@
 """Tries `apply` on a tiny model of every causal language model of this transformers; writes what came of it as JSON.
 
-python tools/breadth.py OUTPUT.json IMPLEMENTATION [MODEL TYPE...]    "default" is what upstream takes by itself
+python tools/breadth.py OUTPUT.json [MODEL TYPE...]
 
 A packed row of three examples is compared with each example alone, through an unpatched copy: logits, the gradients of
-every parameter, and these again under both kinds of gradient checkpointing. `nox -s breadth` runs it on six versions;
-tools/breadth_page.py puts the results together.
+every parameter, and these again under both kinds of gradient checkpointing. The models are loaded as upstream does by
+itself ("default"), as eager, and as flash_attention_2, through a stand-in for the package. `nox -s breadth` runs it on
+six versions; tools/breadth_page.py puts the results together.
 """
 
 from __future__ import annotations
@@ -26,10 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from breadth_page import SAME
 from config_rules import VOCABULARY
 from helpers import flash_attention_here
-from padfree_patch import PadfreeError, apply
+from padfree_patch import PadfreeError, apply, versions
 from padfree_patch.any_decoder.way import ways_of
 from padfree_patch.patching import way_of
 from padfree_patch.registry import patch_for
@@ -44,6 +44,7 @@ GRADIENT_BAR = 2e-4
 """Of the largest error of a parameter's gradient, relative to its largest element."""
 SMALLEST_GRADIENT = 1e-3
 """Of the largest gradient of all: what is smaller counts as this large, since its rounding is that of larger ones."""
+IMPLEMENTATIONS = ("default", "eager", "flash_attention_2")
 KINDS = ("not reentrant", "reentrant")
 NO_DECODER = ("is not causal", "is an encoder-decoder")
 """What `apply` says of models that packed rows make no sense for."""
@@ -94,8 +95,10 @@ def packed(model: nn.Module, ids: Sequence[Tensor]) -> dict[str, Any]:
     return {**row, "attention_mask": torch.cat(numbers)[None]}
 
 
-def alone(ids: Tensor) -> dict[str, Any]:
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+def alone(model: nn.Module, ids: Tensor) -> dict[str, Any]:
+    """Returns one example, without a cache: RWKV's breaks upstream's own backward."""
+    takes_cache = "use_cache" in inspect.signature(type(model).forward).parameters
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **({"use_cache": False} if takes_cache else {})}
 
 
 def run(model: nn.Module, calls: Sequence[dict[str, Any]]) -> Result:
@@ -111,33 +114,39 @@ def run(model: nn.Module, calls: Sequence[dict[str, Any]]) -> Result:
 
 def shown(model: nn.Module, call: dict[str, Any]) -> Tensor:
     """Returns a model's logits, or what a backbone has instead, (1, T, ...)."""
-    takes_cache = "use_cache" in inspect.signature(type(model).forward).parameters
-    output = model(**call, **({"use_cache": False} if takes_cache else {}))
+    output = model(**call)
     logits = output.get("logits")
     return output[0] if logits is None else logits
 
 
+def rows_of(model_type: str) -> dict[str, dict[str, Any]]:
+    """Returns what came of a model type, loaded in each way."""
+    rows = {"default": row_of(model_type, "default")}
+    for each in IMPLEMENTATIONS[1:]:
+        same = rows["default"].get("implementation") == each  # upstream takes it by itself
+        rows[each] = rows["default"] if same else row_of(model_type, each)
+    return rows
+
+
 def row_of(model_type: str, implementation: str, apply_to: Apply = apply) -> dict[str, Any]:
-    """Returns what came of one model type: a verdict, and why or how good it is."""
+    """Returns what came of a model type: a verdict, and why or how good it is."""
     try:
         model = tiny_model(model_type, implementation)
     except Exception as error:
         return {"verdict": "not built", "why": said(error)}
-    row = {"class": type(model).__name__, "implementation": loaded_as(model)}
-    if implementation == "eager" and loaded_as(tiny_model(model_type, "default")) == "eager":
-        return row | {"verdict": SAME}
-    return row | measured(model, apply_to)
+    row = {"class": type(model).__name__, "implementation": getattr(model.config, "_attn_implementation", None)}
+    return row | measured(model, apply_to, kinds_to_check(implementation))
 
 
-def loaded_as(model: nn.Module) -> str | None:
-    return getattr(model.config, "_attn_implementation", None)
+def kinds_to_check(implementation: str) -> tuple[str, ...]:
+    """Returns the kinds of checkpointing, which take half of a row's time: on older versions not for every row."""
+    return KINDS if implementation == "default" or versions.transformers(">=5.24") else ()
 
 
-def measured(model: nn.Module, apply_to: Apply) -> dict[str, Any]:
+def measured(model: nn.Module, apply_to: Apply, kinds: Sequence[str]) -> dict[str, Any]:
     unpatched = copy.deepcopy(model)
-    calls = [alone(each) for each in ids_of(5)]
     try:
-        expected = run(copy.deepcopy(unpatched), calls)
+        expected = run(copy.deepcopy(unpatched), [alone(model, each) for each in ids_of(5)])
     except Exception as error:
         return {"verdict": "upstream fails", "why": said(error)}
     begin = time.process_time()
@@ -156,16 +165,11 @@ def measured(model: nn.Module, apply_to: Apply) -> dict[str, Any]:
     except Exception as error:
         return {"verdict": "crashed", "why": f"a packed row: {said(error)}"}
     output, gradients = found.errors(expected)
-    row: dict[str, Any] = {"kind": kind, "way": way, "logits": output, "gradients": gradients, "moved": moved}
-    row |= {
-        "seconds": seconds,
-        "checkpointed": {each: checkpointed(model, unpatched, expected, each) for each in KINDS},
-    }
-    exact = found.is_exact(expected) and moved < LOGIT_BAR
-    under = [each.partition(":")[0] for each in row["checkpointed"].values()]
-    return {
-        "verdict": next((each for each in ("WRONG", "crashed") if each in under), "exact") if exact else "WRONG"
-    } | row
+    under = {each: checkpointed(model, unpatched, expected, each) for each in kinds}
+    worst = [word for word in ("WRONG", "crashed") if any(said.startswith(word) for said in under.values())]
+    row = {"verdict": [*worst, "exact"][0] if found.is_exact(expected) and moved < LOGIT_BAR else "WRONG"}
+    row |= {"kind": kind, "way": way, "logits": output, "gradients": gradients, "moved": moved}
+    return row | {"seconds": seconds, "checkpointed": under}
 
 
 def kind_of_refusal(why: str) -> str:
@@ -206,7 +210,7 @@ def upstream_checkpointed(unpatched: nn.Module, expected: Result, kind: str) -> 
     model = copy.deepcopy(unpatched)
     try:
         checkpointing(reentrant=kind == "reentrant")(model)
-        found = run(model, [alone(each) for each in ids_of(5)])
+        found = run(model, [alone(model, each) for each in ids_of(5)])
     except Exception as error:
         return f"upstream fails: {said(error)}"
     if found.is_exact(expected):
@@ -217,17 +221,16 @@ def upstream_checkpointed(unpatched: nn.Module, expected: Result, kind: str) -> 
 def way_in_words(model: nn.Module, unpatched: nn.Module, *, kernels: bool) -> tuple[str, str]:
     """Returns how the examples are kept apart: a word for tables, and what `explain` says of it.
 
-    "fast" is a varlen kernel for attention, "mixers" what is no attention and runs on each sequence.
+    "fast" is a varlen kernel for attention, "mixers" are what else mixes tokens and runs on each sequence.
     """
     if not (way := way_of(model)):
         return "registered" if patch_for(model) is not None else "none", ""
-    mixers = "per sequence" in way.replace("per sequence, named by verify", "")
-    named = way.count("named by verify")
-    layers = str(ways_of(unpatched)[-1]) if len(ways_of(unpatched)) > 1 else ""
-    if not kernels:
-        word = "per layer" if layers and way.startswith(layers) and len(ways_of(unpatched)) > 2 else "per sequence"
+    found, named = way.replace("per sequence, named by verify", "named"), "named by verify" in way
+    if kernels:
+        word = "fast, mixers per sequence" if "per sequence" in found else "fast"
     else:
-        word = "fast, mixers per sequence" if mixers else "fast"
+        slow = [str(each) for each in ways_of(unpatched) if not each.fast]  # per sequence, and by whole layers
+        word = "per layer" if len(slow) > 1 and slow[1] != slow[0] and way.startswith(slow[1]) else "per sequence"
     return word + (", named modules" if named else ""), way
 
 
@@ -235,21 +238,22 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
-def main(output: str, implementation: str, *types: str) -> None:
+def main(output: str, *types: str) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    if implementation == "flash_attention_2":
-        flash_attention_here.pretend()
-    rows: dict[str, dict[str, Any]] = {}
+    flash_attention_here.pretend()
+    tables: dict[str, dict[str, dict[str, Any]]] = {each: {} for each in IMPLEMENTATIONS}
     for model_type in types or all_types():
         gc.collect()
         gc.freeze()  # what was imported so far: apply collects garbage, which takes as long as there are objects
-        rows[model_type] = row = row_of(model_type, implementation)
-        Path(output).write_text(json.dumps(rows))
-        if row["verdict"] in ("WRONG", "crashed", "refused"):
-            print(f"{implementation} {model_type}: {row}", flush=True)
-    print(f"{implementation}: {dict(Counter(row['verdict'] for row in rows.values()))}")
+        for implementation, row in rows_of(model_type).items():
+            tables[implementation][model_type] = row
+            if row["verdict"] in ("WRONG", "crashed", "refused"):
+                print(f"{implementation} {model_type}: {row}", flush=True)
+        Path(output).write_text(json.dumps(tables))
+    for implementation, rows in tables.items():
+        print(f"{implementation}: {dict(Counter(row['verdict'] for row in rows.values()))}")
 
 
 if __name__ == "__main__":

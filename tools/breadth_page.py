@@ -13,9 +13,6 @@ FILE = Path(__file__).parents[1] / "docs" / "breadth.json"
 SHOWN = "default"
 """The implementation of the tables by name."""
 
-SAME = "as default"
-"""The verdict of a model that upstream loads in this way by itself."""
-
 Row = dict[str, Any]
 Breadth = dict[str, dict[str, dict[str, Row]]]
 """version -> implementation -> model type -> what came of it."""
@@ -42,15 +39,14 @@ what else mixes tokens (*mixers*: state-space models, convolutions, linear atten
 
 
 def merge(folder: Path) -> None:
-    """Puts every FOLDER/VERSION-IMPLEMENTATION.json into the table; what is not there stays as it was."""
+    """Puts every FOLDER/VERSION.json into the table; versions that are not there stay as they were."""
     found = read()
     for path in folder.glob("*.json"):
-        version, _, implementation = path.stem.partition("-")
-        rows = json.loads(path.read_text())
-        found.setdefault(version, {})[implementation] = {name: shortened(row) for name, row in rows.items()}
-    for tables in found.values():
-        for rows in tables.values():
-            rows.update({name: tables[SHOWN][name] for name, row in rows.items() if row["verdict"] == SAME})
+        tables = json.loads(path.read_text())
+        found[path.stem] = {
+            implementation: {name: shortened(row) for name, row in rows.items()}
+            for implementation, rows in tables.items()
+        }
     FILE.write_text(written(found))
 
 

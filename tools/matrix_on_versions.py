@@ -44,8 +44,6 @@ Variants are compared on the last ones only: what an era adds to a way of reachi
 """
 
 OF_BREADTH = ["4.36.2", "4.41.2", "4.48.3", "4.53.3", "4.57.6", "5.24.0"]
-IMPLEMENTATIONS = ["default", "eager", "flash_attention_2"]
-"""How models are loaded for the breadth; "default" is upstream's choice."""
 
 
 def python_of(version: str) -> str:
@@ -61,12 +59,13 @@ def built_wheel() -> Path:
     return wheel
 
 
-def run(version: str, packages: list[str], scripts: list[list[str]]) -> subprocess.CompletedProcess[str]:
-    """Makes an environment and runs scripts, with arguments, in it; ends at the first step that fails."""
+def run(version: str, packages: list[str], script: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Makes an environment and collects what a script of tools/ finds on one version; ends at the first failure."""
+    tool, *options = script
     steps = [
         [UV, "venv", "--quiet", "--clear", "--python", sys.executable, str(FOLDER / version)],
         [UV, "pip", "install", "--quiet", "--python", python_of(version), f"transformers=={version}", *packages],
-        *([python_of(version), *script] for script in scripts),
+        [python_of(version), tool, str(VERDICTS / f"{version}.json"), *options],
     ]
     for step in steps:
         done = subprocess.run(step, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT)
@@ -75,20 +74,14 @@ def run(version: str, packages: list[str], scripts: list[list[str]]) -> subproce
     return done
 
 
-def scripts_of(what_then: str, chosen: Sequence[str]) -> dict[str, list[list[str]]]:
-    """Returns what to run on each version: a script of tools/, where it writes what it finds, and an option."""
+def scripts_of(what_then: str, chosen: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Returns the script to run on each version, with its option."""
     if what_then == "--breadth":
-        return {
-            version: [["tools/breadth.py", str(VERDICTS / f"{version}-{each}.json"), each] for each in IMPLEMENTATIONS]
-            for version in chosen or OF_BREADTH
-        }
+        return dict.fromkeys(chosen or OF_BREADTH, ("tools/breadth.py",))
     if what_then == "--merge":
-        options = dict.fromkeys(chosen or LAST_PATCHES, "--natively")
-    else:
-        options = {**dict.fromkeys(LAST_OF_ERA, "--quick"), **dict.fromkeys(FIRST_OF_ERA, "--defaults")}
-    return {
-        version: [["tools/matrix.py", str(VERDICTS / f"{version}.json"), option]] for version, option in options.items()
-    }
+        return dict.fromkeys(chosen or LAST_PATCHES, ("tools/matrix.py", "--natively"))
+    quick, defaults = ("tools/matrix.py", "--quick"), ("tools/matrix.py", "--defaults")
+    return {**dict.fromkeys(LAST_OF_ERA, quick), **dict.fromkeys(FIRST_OF_ERA, defaults)}
 
 
 def main(torch: str, what_then: str, *chosen: str) -> None:
