@@ -161,9 +161,12 @@ def measured(model: nn.Module, apply_to: Apply, kinds: Sequence[str]) -> dict[st
         with recording_windows() as windows:
             found = run(model, [packed(model, ids_of(5))])
         kind, way = way_in_words(model, unpatched, kernels=bool(windows))
-        moved = moved_by_neighbour(model, expected)
     except Exception as error:
         return {"verdict": "crashed", "why": f"a packed row: {said(error)}"}
+    try:
+        moved = moved_by_neighbour(model, expected)
+    except Exception as error:
+        return {"verdict": "crashed", "why": f"two packed rows: {said(error)}", "kind": kind, "way": way}
     output, gradients = found.errors(expected)
     under = {each: checkpointed(model, unpatched, expected, each) for each in kinds}
     worst = [word for word in ("WRONG", "crashed") if any(said.startswith(word) for said in under.values())]
@@ -179,11 +182,16 @@ def kind_of_refusal(why: str) -> str:
 
 
 def moved_by_neighbour(model: nn.Module, expected: Result) -> float:
-    """Returns how far the other examples' logits move when the first example changes, or are off in eval mode."""
+    """Returns how far a batch of two rows is off in eval mode: as before, and with another first example.
+
+    The logits of the other examples must be the same in both.
+    """
     model.eval()
-    ids, first = ids_of(5), LENGTHS[0]
+    ids = ids_of(5)
+    calls = [packed(model, each) for each in (ids, [ids_of(6)[0], *ids[1:]])]
     with torch.no_grad():
-        before, after = (shown(model, packed(model, each)) for each in (ids, [ids_of(6)[0], *ids[1:]]))
+        before, after = shown(model, {name: torch.cat([each[name] for each in calls]) for name in calls[0]}).split(1)
+    first = LENGTHS[0]
     return max(relative(after[:, first:], before[:, first:]), relative(before, expected.output))
 
 

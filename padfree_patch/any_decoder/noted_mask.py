@@ -101,9 +101,27 @@ def _is_large(value: object) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, NotedMask) and value.dim() > 0
 
 
+_SHAPES = ("view", "reshape", "expand")
+_TOKENS = "tokens"
+"""Stands for a size that is the number of tokens of whatever sequence a mask is made for."""
+
+
+def _of_any_size(name: str, args: tuple[Any, ...], mask: Tensor) -> tuple[Any, ...]:
+    """Returns the arguments of a call as for one sequence: a shape is that of all rows, `view(batch_size, -1)`."""
+    if name not in _SHAPES:
+        return args
+    (rows, tokens), sizes = mask.shape[:2], args[1] if isinstance(args[1], (tuple, list)) else args[1:]
+    first, *others = sizes
+    return args[0], (1 if first == rows else first, *(_TOKENS if each == tokens else each for each in others))
+
+
+def _sized(value: Any, length: int) -> Any:
+    return tuple(length if each is _TOKENS else each for each in value) if isinstance(value, tuple) else value
+
+
 def _noted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     mask = next(each for each in args if isinstance(each, NotedMask))
-    number = number_of(mask)
+    number, args = number_of(mask), _of_any_size(func.__name__, args, mask)
     written = repr(tuple("mask" if each is mask else each for each in args)), repr(kwargs)
 
     def make() -> list[Recipe]:
@@ -111,7 +129,11 @@ def _noted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
 
         def build(length: int, device: torch.device) -> Any:
             made = before.build(length, device)
-            return None if made is None else func(*(made if each is mask else each for each in args), **kwargs)
+            return (
+                None
+                if made is None
+                else func(*(made if each is mask else _sized(each, length) for each in args), **kwargs)
+            )
 
         same = func.__name__ in ("__getitem__", "clone", "contiguous")  # sliced to the number of keys, which is all
         return [dataclasses.replace(before, build=build) if same else Recipe(build)]
