@@ -71,7 +71,9 @@ class Cutter:
 
     def _cut(self, value: Any, begin: int, length: int, known: int | None) -> Any:
         if isinstance(value, (tuple, torch.Size)) and len(value) > 1 and all(type(each) is int for each in value):
-            return type(value)(length if each == self._total else each for each in value)  # a shape
+            if tuple(value[:2]) == (self._rows, self._tokens):  # a shape
+                return type(value)((1, length, *value[2:]))
+            return type(value)(length if each == self._total else each for each in value)
         if (inside := _inside(value, lambda each: self._cut(each, begin, length, None))) is not None:
             return inside
         if not isinstance(value, Tensor):
@@ -79,7 +81,7 @@ class Cutter:
         if is_noted(value):
             return self._mask(number_of(value), length)
         if value.dim() == 1:  # cache_position, from 0 on
-            counts = value.shape[0] == self._total and not value.is_floating_point()
+            counts = value.shape[0] in (self._tokens, self._total) and not value.is_floating_point()
             return value[:length] if counts else value
         for dim in self._token_dims(value) if known is None else [known]:
             value = value.narrow(dim, begin, length)

@@ -15,6 +15,7 @@ from ..batch.packed_batch import PackedBatch
 from ..seams.answers import note_answer
 from ..seams.kinds import Found
 from ..seams.under_way import nothing_running, under_way
+from ..verification.untouched import states_put_back
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import Seam
@@ -70,6 +71,12 @@ def _on_each(call: Call, batch: PackedBatch) -> Any:
     module, cutter = call.module, Cutter(batch, call.module)
     arguments = {name: value for name, value in call.arguments.items() if value is not module}
     with nothing_running():
-        results = cutter.run(arguments, lambda cut: call.changed(**cut).proceed())
+        results = cutter.run(arguments, lambda cut: _alone(call, cut))
     note_answer(module)
     return cutter.join(results)
+
+
+def _alone(call: Call, cut: dict[str, Any]) -> Any:
+    """Runs upstream's forward on one sequence, which leaves no state behind for the next one."""
+    with states_put_back(call.module):
+        return call.changed(**cut).proceed()

@@ -36,6 +36,10 @@ class Entry:
     def _takes(self, name: str) -> bool:
         return name in self._parameters or any(each.kind is each.VAR_KEYWORD for each in self._parameters.values())
 
+    def without_cache(self) -> dict[str, bool]:
+        """Returns the argument that keeps the model from filling a cache, if it names one."""
+        return {"use_cache": False} if "use_cache" in self._parameters else {}
+
     def random_texts(self, *lengths: int) -> list[Tensor]:
         """Draws token ids (1, length) each, with the model's first and last token of a text at the ends."""
         weight = next(self._embed.parameters())  # of the embedding itself, whatever PEFT has put around it
@@ -49,7 +53,7 @@ class Entry:
                     text[0, place] = token
         return [text.to(weight.device) for text in texts]
 
-    def call(self, tokens: Tensor, **options: Tensor) -> Tensor:
+    def call(self, tokens: Tensor, **options: Tensor | bool) -> Tensor:
         """Runs the model on token ids (1, T); returns its logits, (1, T, ...). Fills `embeddings`.
 
         Raises PadfreeError if nothing of what comes out is for each token.
@@ -61,18 +65,19 @@ class Entry:
         shapes = ", ".join(str(tuple(each.shape)) for each in results) or "none"
         raise self._refusal(f"gives, for tokens of shape {tuple(tokens.shape)}, tensors of other shapes: {shapes}")
 
-    def _accepted(self, options: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    def _accepted(self, options: dict[str, Tensor | bool], device: torch.device) -> dict[str, Tensor | bool]:
         """Returns what the forward takes; positions that it does not take become segment numbers in the mask."""
         given = {name: value for name, value in options.items() if self._takes(name)}
-        if "position_ids" in options and "position_ids" not in given:
+        positions = options.get("position_ids")
+        if isinstance(positions, Tensor) and "position_ids" not in given:
             if not self._takes("attention_mask"):
                 raise self._refusal(f"takes {', '.join(self._parameters)}, and nothing that says where examples end")
-            given["attention_mask"] = (options["position_ids"] == 0).cumsum(1)
+            given["attention_mask"] = (positions == 0).cumsum(1)
         if self._has_tasks:
             given["task_ids"] = torch.zeros(1, dtype=torch.int64, device=device)
         return given
 
-    def _run(self, tokens: Tensor, options: dict[str, Tensor]) -> object:
+    def _run(self, tokens: Tensor, options: dict[str, Tensor | bool]) -> object:
         with self._graph_cut_at_embeddings():
             if self._by_ids:
                 output = self._called(input_ids=tokens, **options)
@@ -81,7 +86,7 @@ class Entry:
                 self._by_ids = False  # it does not call the embedding, so that no gradient would begin there
             return self._called(inputs_embeds=self._embed(tokens), **options)
 
-    def _called(self, **options: Tensor) -> object:
+    def _called(self, **options: Tensor | bool) -> object:
         """Calls the model with arguments by name, but those by position that its forward takes in no other way."""
         only = [name for name, each in self._parameters.items() if each.kind is each.POSITIONAL_ONLY]
         given = [options.pop(name) if name in options else self._parameters[name].default for name in only]

@@ -53,7 +53,7 @@ class Probe:
                 return torch.autocast(device_type, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))
         return nullcontext()
 
-    def logits(self, tokens: Tensor, **options: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, **options: Tensor | bool) -> Tensor:
         """Runs the model; gives its logits, or a decoder's hidden states."""
         # With rotaries as new: if they kept the longest sequence so far, it would decide how the others are rotated.
         with as_new(self.model), states_put_back(self.model), self.autocast:
@@ -62,9 +62,10 @@ class Probe:
     def alone(self, tokens: Tensor) -> Tensor:
         """Runs one example as in a padded batch: with a mask, without which Falcon's ALiBi on sdpa sees later tokens.
 
-        Falcon is like that from 4.36 to 4.39.
+        Falcon is like that from 4.36 to 4.39. And without a cache, as packed rows are run: with one, RecurrentGemma of
+        4.x sees later tokens of a text that is longer than its window.
         """
-        return self.logits(tokens, attention_mask=torch.ones_like(tokens))
+        return self.logits(tokens, attention_mask=torch.ones_like(tokens), **self._entry.without_cache())
 
     def packed(self, a: Tensor) -> Tensor:
         """Runs an A and B in one row."""

@@ -28,6 +28,7 @@ SLICE = {
     "mamba2": "per sequence",  # a state-space model
     "qwen2_5_vl_text": "fast",  # positions of three axes
     "qwen3_next": "fast, mixers per sequence",  # gated delta net
+    "recurrent_gemma": "fast, mixers per sequence",  # on 4.x its state stays at the module
     "rwkv": "per sequence, named modules",
 }
 """How each is kept apart on transformers 5."""
