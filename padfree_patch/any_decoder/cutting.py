@@ -1,7 +1,7 @@
 """A packed row cut into its sequences, for code of upstream that runs on each, and joined again.
 
-T tokens of all rows end to end. Arguments of a packed call come as (B, T / B, ...) and are cut as (1, T, ...). Which
-dimension has the tokens is told by its size; where two could, it is an error.
+Arguments of a packed call have the T tokens of each of B rows, (B, T, ...), those of a sequence its own, (1, N, ...).
+Which dimension has the tokens is told by its size; where two could, it is an error.
 """
 
 from __future__ import annotations
@@ -36,15 +36,18 @@ class Cutter:
         self._total, self._lengths = batch.sequences.total, batch.sequences.lengths
         self._device, self._module, self._dims = batch.position_ids.device, module, token_dims or {}
         self._who, self._scores = type(module).__name__, scores
+        self._tells_rows = True
         self._masks: dict[tuple[int, int], Any] = {}
 
     def run(self, arguments: dict[str, Any], run: Callable[[dict[str, Any]], Any]) -> list[Any]:
         """Runs something on each sequence's part of the arguments."""
-        flat = {name: self._flat(value, self._dims.get(name)) for name, value in arguments.items()}
         counts = {name: value - self._tokens for name, value in arguments.items() if self._is_count(name, value)}
+        self._tells_rows = any(isinstance(value, Tensor) and value.dim() > 1 for value in arguments.values())
         results, begin = [], 0
         for length in self._lengths:
-            cut = {name: self._cut(value, begin, length, self._dims.get(name)) for name, value in flat.items()}
+            row, start = divmod(begin, self._tokens)
+            place = row, start, length
+            cut = {name: self._cut(value, place, self._dims.get(name)) for name, value in arguments.items()}
             results.append(run(cut | {name: length + beyond for name, beyond in counts.items()}))
             begin += length
         return results
@@ -56,25 +59,12 @@ class Cutter:
         last = "position" in name and value == self._tokens - 1
         return last or (value == self._tokens and any(part in name for part in ("seq", "len", "position")))
 
-    def _flat(self, value: Any, known: int | None) -> Any:
-        if (inside := _inside(value, lambda each: self._flat(each, None))) is not None:
-            return inside
-        if self._rows == 1 or not isinstance(value, Tensor) or is_noted(value) or value.dim() < 2:
-            return value
-        dims = [dim for dim in (1, 2) if dim < value.dim() and value.shape[dim] == self._tokens]
-        dims = dims if known is None else [known]
-        if value.shape[0] != self._rows or not dims:
-            return value
-        if len(dims) > 1 and value.dim() > 3:
-            raise self._ambiguous(value)
-        return value.transpose(1, dims[0]).flatten(0, 1).unsqueeze(0).transpose(1, dims[0])
-
-    def _cut(self, value: Any, begin: int, length: int, known: int | None) -> Any:
+    def _cut(self, value: Any, place: tuple[int, int, int], known: int | None) -> Any:
+        """Returns what belongs to one sequence, given its row, where it begins there, and its length."""
+        row, start, length = place
         if isinstance(value, (tuple, torch.Size)) and len(value) > 1 and all(type(each) is int for each in value):
-            if tuple(value[:2]) == (self._rows, self._tokens):  # a shape
-                return type(value)((1, length, *value[2:]))
-            return type(value)(length if each == self._total else each for each in value)
-        if (inside := _inside(value, lambda each: self._cut(each, begin, length, None))) is not None:
+            return type(value)(self._shape(value, length))
+        if (inside := _inside(value, lambda each: self._cut(each, place, None))) is not None:
             return inside
         if not isinstance(value, Tensor):
             return value
@@ -83,9 +73,24 @@ class Cutter:
         if value.dim() == 1:  # cache_position, from 0 on
             counts = value.shape[0] in (self._tokens, self._total) and not value.is_floating_point()
             return value[:length] if counts else value
-        for dim in self._token_dims(value) if known is None else [known]:
-            value = value.narrow(dim, begin, length)
+        dims = self._token_dims(value) if known is None else [known]
+        if dims and self._rows > 1:
+            value = self._row(value, row, dims[0])
+        for dim in dims:
+            value = value.narrow(dim, start, length)
         return value
+
+    def _shape(self, sizes: Sequence[int], length: int) -> list[int]:
+        cut = [length if each in (self._tokens, self._total) else each for each in sizes]
+        of_rows = sizes[0] == self._rows and cut[1:] != [*sizes[1:]]
+        return [1, *cut[1:]] if of_rows else cut
+
+    def _row(self, value: Tensor, row: int, token_dim: int) -> Tensor:
+        """Returns one row, (1, ...), also of positions (3, B, T); what has no dimension for rows is the same for all."""
+        dims = [dim for dim in range(token_dim) if value.shape[dim] == self._rows]
+        if not dims:
+            return value
+        return value.narrow(dims[-1] if value.dim() == 3 and token_dim == 2 else dims[0], row, 1)
 
     def _mask(self, number: int, length: int) -> Any:
         key = number, length
@@ -94,21 +99,21 @@ class Cutter:
         return self._masks[key]
 
     def _token_dims(self, value: Tensor) -> list[int]:
-        dims = [dim for dim in range(1, value.dim()) if value.shape[dim] == self._total]
+        dims = [dim for dim in range(1, value.dim()) if value.shape[dim] == self._tokens]
         if len(dims) < 2 or (value.dim() == 3 and dims[0] == 1):
             return dims[:1]
-        if not self._scores and self._total in _sizes_of(self._module):  # tokens by tokens, or by a head size
+        if not self._scores and self._tokens in _sizes_of(self._module):  # tokens by tokens, or by a head size
             raise self._ambiguous(value)
         return dims
 
     def _ambiguous(self, value: Tensor) -> PadfreeError:
         return PadfreeError(
-            f"{self._who} is handed a tensor of shape {tuple(value.shape)}, and the {self._total} tokens of the row "
+            f"{self._who} is handed a tensor of shape {tuple(value.shape)}, and the {self._tokens} tokens of a row "
             "could be more than one of its dimensions; pack rows of another length"
         )
 
     def join(self, results: Sequence[Any]) -> Any:
-        """Joins what each sequence gave along its tokens, as (B, T / B, ...).
+        """Joins what each sequence gave along its tokens, as (B, T, ...).
 
         Attention weights and states, beside a result, become None: nobody asked for those of a packed row.
 
@@ -143,8 +148,10 @@ class Cutter:
         if any(each != others[0] for each in others):
             return None
         whole = torch.cat(list(results), dim=dim)
-        if self._rows == 1 or dim == 0:
+        if self._rows == 1:
             return whole
+        if dim == 0:  # of an embedding of positions that was told no rows, or of tokens without their rows
+            return whole if self._tells_rows else whole.unflatten(0, (self._rows, -1))
         return whole.squeeze(0).unflatten(dim - 1, (self._rows, -1)).movedim(dim - 1, 0)
 
     def _not_for_tokens(self, value: Tensor) -> PadfreeError:

@@ -22,9 +22,11 @@ SLICE = {
     "gemma2": "per sequence",  # softcap in eager code
     "gpt2": "fast",  # until 4.52 its mask is reshaped by the number of rows
     "gpt_oss": "per sequence",  # sinks
+    "inkling_text": "per sequence",  # a bias on scores
     "lfm2": "fast, mixers per sequence",  # convolutions
     "llama": "registered",
     "llama4_text": "fast",  # chunks
+    "marian": "fast, named modules",  # positions that are told a shape
     "mamba2": "per sequence",  # a state-space model
     "qwen2_5_vl_text": "fast",  # positions of three axes
     "qwen3_next": "fast, mixers per sequence",  # gated delta net
