@@ -42,8 +42,7 @@ WHOLE = ("4.41.2", VERSIONS[-1])
 WITHOUT_SLOW = ("4.36.2", "4.47.1")
 """Where `make test` leaves out the compiler and the killed runs: 4.41.2 has them too, 4.57.6 as the newest 4.x."""
 full_asked_for = False
-SECONDS = Path(".nox", "seconds.txt")
-"""How long each session took, a line each; `.ci/totals.py` prints them."""
+SECONDS = Path(".nox", "seconds.txt")  # how long each session took, a line each; `.ci/totals.py` prints them
 
 TWO_PROCESSES = ("4.36.2", "5.24.0")  # a minute each: test_distributed.py
 DISTRIBUTED = "tests/promises/test_distributed.py"
@@ -52,8 +51,7 @@ OWN_PROCESS = Path("tests", "own_process")
 """Tests that want a process of their own, or a library that the others do without."""
 # One thread per process: the models are too small for torch to fill two cores with one process.
 ALONE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-STAND_INS = "tests/helpers/stand_ins"
-"""In place of flash-attn, for whoever has this folder on PYTHONPATH."""
+STAND_INS = "tests/helpers/stand_ins"  # in place of flash-attn, for whoever has this folder on PYTHONPATH
 
 
 def timed(session_function: Callable[..., None]) -> Callable[..., None]:
@@ -228,30 +226,26 @@ def _checks(session: nox.Session, file: str) -> None:
 
 
 EVERYWHERE = {"tests": VERSIONS, "trl": list(TRL), "peft": VERSIONS, "flash_attn": FLASH_ATTN}
+ON_VERSIONS = [sys.executable, "tools/matrix_on_versions.py", TORCH]  # on the built wheel, two versions at a time
 
 
 @nox.session(venv_backend="none")
 def matrix(session: nox.Session) -> None:
     """Every patch, variant and implementation on every minor, or on the versions given; writes docs/support.md."""
-    _matrix(session, "--merge", *session.posargs)
+    session.run(*ON_VERSIONS, "--merge", *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none", tags=["ci"])
 @timed
 def eras(session: nox.Session) -> None:
     """The matrix on the first and last version of each era, compared with docs/support.json."""
-    _matrix(session, "--compare")
+    session.run(*ON_VERSIONS, "--compare", external=True)
 
 
 @nox.session(venv_backend="none")
 def breadth(session: nox.Session) -> None:
     """Every decoder of six transformers, or of the versions given, without a patch; adds it to docs/support.md."""
-    _matrix(session, "--breadth", *session.posargs)
-
-
-def _matrix(session: nox.Session, *options: str) -> None:
-    """Runs tools/matrix.py or breadth.py on the built wheel, two versions at a time, each in its own environment."""
-    session.run(sys.executable, "tools/matrix_on_versions.py", TORCH, *options, external=True)
+    session.run(*ON_VERSIONS, "--breadth", *session.posargs, external=True)
 
 
 @nox.session

@@ -86,7 +86,7 @@ class Cutter:
         return [1, *cut[1:]] if of_rows else cut
 
     def _row(self, value: Tensor, row: int, token_dim: int) -> Tensor:
-        """Returns one row, (1, ...), also of positions (3, B, T); what has no dimension for rows is the same for all."""
+        """Returns one row, (1, ...), of positions (3, 1, T); what has no dimension for rows is the same for all."""
         dims = [dim for dim in range(token_dim) if value.shape[dim] == self._rows]
         if not dims:
             return value

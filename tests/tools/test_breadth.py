@@ -25,7 +25,7 @@ SLICE = {
     "inkling_text": "per sequence",  # a bias on scores
     "lfm2": "fast, mixers per sequence",  # convolutions
     "llama": "registered",
-    "llama4_text": "fast",  # chunks
+    "llama4_text": "per sequence",  # chunks, and a scale that counts tokens
     "marian": "fast, named modules",  # positions that are told a shape
     "mamba2": "per sequence",  # a state-space model
     "qwen2_5_vl_text": "fast",  # positions of three axes
