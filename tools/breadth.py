@@ -163,8 +163,11 @@ def measured(model: nn.Module, apply_to: Apply, kinds: Sequence[str]) -> dict[st
         kind, way = way_in_words(model, unpatched, kernels=bool(windows))
     except Exception as error:
         return {"verdict": "crashed", "why": f"a packed row: {said(error)}"}
+    rows = "exact"
     try:
         moved = moved_by_neighbour(model, expected)
+    except PadfreeError as error:
+        rows, moved = f"refused: {said(error)}", 0.0
     except Exception as error:
         return {"verdict": "crashed", "why": f"two packed rows: {said(error)}", "kind": kind, "way": way}
     output, gradients = found.errors(expected)
@@ -172,7 +175,7 @@ def measured(model: nn.Module, apply_to: Apply, kinds: Sequence[str]) -> dict[st
     worst = [word for word in ("WRONG", "crashed") if any(said.startswith(word) for said in under.values())]
     row = {"verdict": [*worst, "exact"][0] if found.is_exact(expected) and moved < LOGIT_BAR else "WRONG"}
     row |= {"kind": kind, "way": way, "logits": output, "gradients": gradients, "moved": moved}
-    return row | {"seconds": seconds, "checkpointed": under}
+    return row | {"rows": rows, "seconds": seconds, "checkpointed": under}
 
 
 def kind_of_refusal(why: str) -> str:

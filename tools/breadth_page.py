@@ -160,6 +160,8 @@ def _what_is_not_exact(row: Row) -> list[str]:
         return [f"{row['verdict']}: {reason(row['why'])}"]
     wrong = [f"WRONG: logits {row['logits']}, gradients {row['gradients']}"] if row["verdict"] == "WRONG" else []
     words = ("refused", "WRONG", "crashed", "upstream is wrong")
+    rows = row.get("rows", "exact")
+    wrong += [f"several rows: {reason(rows)}"] if rows != "exact" else []
     under = [
         f"{kind} checkpointing: {reason(said)}" for kind, said in row["checkpointed"].items() if said.startswith(words)
     ]

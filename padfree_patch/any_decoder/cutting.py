@@ -36,13 +36,11 @@ class Cutter:
         self._total, self._lengths = batch.sequences.total, batch.sequences.lengths
         self._device, self._module, self._dims = batch.position_ids.device, module, token_dims or {}
         self._who, self._scores = type(module).__name__, scores
-        self._tells_rows = True
         self._masks: dict[tuple[int, int], Any] = {}
 
     def run(self, arguments: dict[str, Any], run: Callable[[dict[str, Any]], Any]) -> list[Any]:
         """Runs something on each sequence's part of the arguments."""
         counts = {name: value - self._tokens for name, value in arguments.items() if self._is_count(name, value)}
-        self._tells_rows = any(isinstance(value, Tensor) and value.dim() > 1 for value in arguments.values())
         results, begin = [], 0
         for length in self._lengths:
             row, start = divmod(begin, self._tokens)
@@ -123,7 +121,9 @@ class Cutter:
         if isinstance(first, Tensor):
             if (whole := self._joined(results)) is None:
                 raise self._not_for_tokens(first)
-            return whole
+            # An embedding of positions may make them for a row, as all rows have the same when they are not packed.
+            of_one_row = self._rows > 1 and whole.dim() == 2 and whole.shape[0] == self._total
+            return whole.unflatten(0, (self._rows, -1)) if of_one_row else whole
         if isinstance(first, dict):
             return type(first)({name: self._beside([each[name] for each in results]) for name in first})
         if isinstance(first, (tuple, list)):
@@ -148,10 +148,8 @@ class Cutter:
         if any(each != others[0] for each in others):
             return None
         whole = torch.cat(list(results), dim=dim)
-        if self._rows == 1:
+        if self._rows == 1 or dim == 0:
             return whole
-        if dim == 0:  # of an embedding of positions that was told no rows, or of tokens without their rows
-            return whole if self._tells_rows else whole.unflatten(0, (self._rows, -1))
         return whole.squeeze(0).unflatten(dim - 1, (self._rows, -1)).movedim(dim - 1, 0)
 
     def _not_for_tokens(self, value: Tensor) -> PadfreeError:

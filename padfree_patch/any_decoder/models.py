@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,8 +45,23 @@ def answer(call: Call) -> Any:
     if batch is None:
         with found_ordinary(call):
             return proceed(call)
-    with answering(call.module, batch), running(batch=batch):
+    with answering(call.module, batch), running(batch=batch), _several_rows_served(call.module, batch):
         return call.proceed()
+
+
+@contextmanager
+def _several_rows_served(module: nn.Module, batch: PackedBatch) -> Iterator[None]:
+    """Says of an error in a batch of several rows that a way was verified on one row."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        rows = batch.position_ids.shape[0]
+        if rows == 1 or isinstance(error, PadfreeError):
+            raise
+        raise PadfreeError(
+            f"{type(module).__name__} fails on a batch of {rows} packed rows: {error}. The way that was found for it "
+            "was verified on one; put all examples into one row, or give it one row at a time"
+        ) from error
 
 
 def enter_model(call: Call) -> Any:
