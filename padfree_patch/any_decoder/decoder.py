@@ -31,6 +31,6 @@ def check_decoder(model: nn.Module) -> None:
         ) from error
     if seen is not None:
         raise PadfreeError(
-            f"{who} is not causal: alone and unpatched, an example's first tokens change by {seen:.2g} when its last "
+            f"{who} is not causal: alone and unpatched, an example's first tokens change by {seen:.2g} when a later "
             "one does. Packed attention is causal; train it on padded batches"
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch.packed_batch import PackedBatch
+from ..errors import PadfreeError
 from ..seams.answers import note_answer
 from ..seams.kinds import Found
 from ..seams.under_way import nothing_running, under_way
@@ -40,7 +41,10 @@ def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def concerns_named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if OptIn.of(args[0]) is None:
         return False
-    return under_way.batch is not None or find_noted((*args, *kwargs.values())) is not None
+    if under_way.batch is not None or find_noted((*args, *kwargs.values())) is not None:
+        return True
+    _check_not_run_again(args[0])
+    return False
 
 
 @torch.compiler.disable
@@ -59,6 +63,16 @@ def answer_named(call: Call) -> Any:
     return _on_each(call, batch)
 
 
+def _check_not_run_again(module: nn.Module) -> None:
+    """Raises PadfreeError if a module is run again in a backward after a packed call: nothing tells it the batch."""
+    opt_in = OptIn.of(module)
+    if opt_in is not None and opt_in.answered and torch._C._current_graph_task_id() != -1:
+        raise PadfreeError(
+            f"{type(module).__name__} runs again in a backward (gradient checkpointing), where nothing says what the "
+            "packed row held; train this model without checkpointing, or on padded batches"
+        )
+
+
 def _batch_in(call: Call) -> PackedBatch:
     """Returns the batch that the stand-in among the arguments carries."""
     mask = find_noted(call.arguments.values())
@@ -73,6 +87,8 @@ def _on_each(call: Call, batch: PackedBatch) -> Any:
     with nothing_running():
         results = cutter.run(arguments, lambda cut: _alone(call, cut))
     note_answer(module)
+    if opt_in := OptIn.of(module):
+        opt_in.answered = 1
     return cutter.join(results)
 
 

@@ -22,6 +22,7 @@ from ..seams.noise import embed_each_alone
 from ..seams.under_way import running
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
+from .images import check_other_inputs
 from .noted_mask import find_noted, noted_mask
 from .way import Way, parameter_names
 
@@ -79,6 +80,7 @@ def _prepare(call: Call) -> PackedBatch | None:
     if batch is None:
         return None
     _check_not_recomputed(module)
+    check_other_inputs(module, arguments)
     if builds_masks:
         embed_each_alone(module, arguments, batch)
         arguments["attention_mask"] = noted_mask(batch)

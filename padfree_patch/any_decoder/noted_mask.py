@@ -122,6 +122,8 @@ def _sized(value: Any, length: int) -> Any:
 def _noted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     mask = next(each for each in args if isinstance(each, NotedMask))
     number, args = number_of(mask), _of_any_size(func.__name__, args, mask)
+    if func.__name__ == "__getitem__":
+        args = (mask, _without_ends(args[1], mask.shape[1]))
     written = repr(tuple("mask" if each is mask else each for each in args)), repr(kwargs)
 
     def make() -> list[Recipe]:
@@ -135,11 +137,24 @@ def _noted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
                 else func(*(made if each is mask else _sized(each, length) for each in args), **kwargs)
             )
 
-        same = func.__name__ in ("__getitem__", "clone", "contiguous")  # sliced to the number of keys, which is all
+        same = func.__name__ in ("clone", "contiguous") or (func.__name__ == "__getitem__" and _takes_all(args[1]))
         return [dataclasses.replace(before, build=build) if same else Recipe(build)]
 
     (noted,) = recipes.numbers(("noted", func, number, *written), make)
     return with_recipe(mask, noted)
+
+
+def _without_ends(index: object, tokens: int) -> object:
+    """Returns an index with slices to the number of keys, which are all tokens of the row, as slices of everything."""
+    if isinstance(index, tuple):
+        return tuple(_without_ends(each, tokens) for each in index)
+    return slice(None) if index in (slice(None, tokens), slice(0, tokens)) else index
+
+
+def _takes_all(index: object) -> bool:
+    """Whether an index takes every token, and adds no dimension: the last tokens of many would be a window."""
+    each_one = index if isinstance(index, tuple) else (index,)
+    return all(each is Ellipsis or each == slice(None) for each in each_one)
 
 
 def noted_mask(batch: PackedBatch) -> Tensor:

@@ -48,14 +48,22 @@ def ways_of(model: nn.Module) -> list[Way]:
     The last is for layers that make a mask of their own from the one that they are handed (Gemma 2 until 4.52).
     """
     models = tuple(each for each in pretrained_modules(model) if _takes_tokens(each))
-    users = tuple(each for each in model.modules() if can_be_answered(each))
+    apart = _elsewhere(model, models)
+    users = tuple(each for each in model.modules() if each not in apart and can_be_answered(each))
     plain = tuple(each for each in users if not counts_tokens(each))
-    others = frozenset(type(each) for each in _innermost(model) if each not in models)
+    others = frozenset(type(each) for each in _innermost(model) if each not in models and each not in apart)
     answered = frozenset(type(each) for each in users)
     counting = answered - {type(each) for each in plain}
     fast = [Way(models, plain, (others - answered) | counting)] if plain else []
-    layers = frozenset(type(each) for each in _in_lists(model) if _takes_mask(each))
+    layers = frozenset(type(each) for each in _in_lists(model) if _takes_mask(each) and each not in apart)
     return [*fast, Way(models, (), others | answered), *([Way(models, (), layers)] if layers else [])]
+
+
+def _elsewhere(model: nn.Module, models: tuple[nn.Module, ...]) -> set[nn.Module]:
+    """Returns the modules of models inside that take no tokens, such as a vision tower: no text runs through them."""
+    others = [each for each in pretrained_modules(model) if each not in models]
+    towers = [each for each in others if not any(inner in models for inner in each.modules())]
+    return {module for tower in towers for module in tower.modules()}
 
 
 _COUNTING = {"arange", "cumsum", "log", "log1p", "floor"}

@@ -48,7 +48,7 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
         if patch is not None:
             verified = _apply_patch(model, patch, before, backend, verify=verify)
         else:
-            unchecked = apply_found(model, backend, verify=verify)
+            unchecked = apply_found(model, before, backend, verify=verify)
             verified = unchecked is None
             if unchecked:
                 _warn_unchecked(unchecked)

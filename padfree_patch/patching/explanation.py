@@ -71,7 +71,8 @@ class Explanation:
         else:
             lines.append(f"  tested on transformers {self.tested}, in this version: {self.table}")
         lines += [f"  backend {name}: {word}" for name, word in self.backends.items()]
-        lines.append(f"  backend of this model on its device: {self.backend}")
+        if self.backend:
+            lines.append(f"  backend of this model on its device: {self.backend}")
         if any(self.windows):
             shown = ", ".join(str(window or "all") for window in self.windows)
             lines.append(f"  tokens that a query sees, per layer: {shown}")
@@ -98,23 +99,33 @@ def explain(model: nn.Module) -> Explanation:
     }
     try:
         patch = patch_for(model)
-        facts["now"] = verification.verify(model)
+        facts["now"] = _now(model)
         with applied(model, verify=patch is None):
             facts["after"] = verification.verify(model)
             windows = _windows(model, patch, config) if not facts["after"].skipped else ()
             facts["places"], facts["way"] = places(model), way_of(model)
     except PadfreeError as error:
         return Explanation(**facts, refused=str(error))
-    needs = _needs(models[0], windows)
+    needs = _needs(model, config, windows)
     return Explanation(
         **facts,
         tested=patch.transformers if patch is not None else None,
         table=support.status(facts["transformers"], facts["model_type"], facts["implementation"]),
-        backend=attention.select(needs).NAME,
-        backends={backend.NAME: backend.refusal(needs) or "works" for backend in attention.BACKENDS},
+        backend=attention.select(needs).NAME if needs else None,
+        backends={each.NAME: each.refusal(needs) or "works" for each in attention.BACKENDS} if needs else {},
         windows=windows,
         notes=tuple(_notes(model, config, windows, patch)),
     )
+
+
+def _now(model: nn.Module) -> Verification:
+    """Measures a model as it is; upstream's own error for a packed row is a result too."""
+    try:
+        return verification.verify(model)
+    except PadfreeError:
+        raise
+    except Exception as error:
+        return Verification(model=type(model).__name__, skipped=f"a packed row fails: {error!r}")
 
 
 def _verdict(result: Verification) -> str:
@@ -152,10 +163,14 @@ def _windows(model: nn.Module, patch: Patch | None, config: Any) -> tuple[int, .
     return tuple(window + configured - _SMALL_WINDOW if configured and by_row and window else window for window in seen)
 
 
-def _needs(model: Any, windows: tuple[int, ...]) -> attention.Needs:
-    weight: torch.Tensor = model.get_input_embeddings().weight
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _needs(model: nn.Module, config: Any, windows: tuple[int, ...]) -> attention.Needs | None:
+    """Returns what an attention backend must be able to do for a model; None for one without attention heads."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = getattr(text, "num_attention_heads", None)
+    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None)
+    if head_dim is None:
+        return None
+    weight: torch.Tensor = next(each for each in model.parameters() if each.is_floating_point())
     return attention.Needs(weight.device.type, weight.dtype, head_dim, window=max(windows, default=0))
 
 

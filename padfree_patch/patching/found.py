@@ -21,27 +21,32 @@ MOST_NAMED = 5
 """Classes that verify may name before a way is given up."""
 
 
-def apply_found(model: nn.Module, backend: str, *, verify: bool) -> str | None:
+def apply_found(model: nn.Module, before: State, backend: str, *, verify: bool) -> str | None:
     """Patches a model in the first way that `verify` passes. Returns why it could not be checked; None if it was.
+
+    Takes off first how it was patched before.
 
     Raises PadfreeError, with what each way came to, if none passes.
     """
+    before.take_off()  # what is patched already would answer for a way that lacks it
     check_decoder(model)
-    before, failures = State(model), []
+    clean, failures = State(model), []
     for way in ways_of(model):
         for _ in range(MOST_NAMED + 1):
-            opt_in(plan_way(model, way), before.opt_ins, backend)
+            opt_in(plan_way(model, way), {}, backend)
             _describe(model, way)
             unchecked = _why_not_to_check(model, verify=verify)
             if unchecked:
+                _keep(model, way)
                 return unchecked
             result = _measured(model)
             if isinstance(result, Verification) and result.ok:
                 _keep(model, way)
+                _log(model, way)
                 return None
             failures.append(f"{way}:\n{result}")
             named = _named_class(model, result)
-            before.put_back()
+            clean.put_back()
             if named is None or named in way.named:
                 break
             way = way.with_named(named)
@@ -77,6 +82,7 @@ def _describe(model: nn.Module, way: Way) -> None:
     inside = sorted({type(each).__name__ for each in _inside_layers(model) if type(each) in way.named})
     for mine in OptIn.all_in(model).values():
         mine.way, mine.layers, mine.not_recomputed = str(way), 0, tuple(inside)
+        mine.trying = True
 
 
 def _inside_layers(model: nn.Module) -> list[nn.Module]:
@@ -87,7 +93,12 @@ def _inside_layers(model: nn.Module) -> list[nn.Module]:
 
 def _keep(model: nn.Module, way: Way) -> None:
     """Notes how many modules answered: a later packed call that fewer answer is an error."""
+    reads = verification.reads_first_label(model)
     for mine in OptIn.all_in(model).values():
         mine.way, mine.layers = str(way), mine.answered  # what was special about attention shows only now
+        mine.trying, mine.reads_first_label = False, reads
+
+
+def _log(model: nn.Module, way: Way) -> None:
     name = type(pretrained_modules(model)[0]).__name__
     logging.getLogger("padfree_patch").info("%s has no registered patch; verified, with %s", name, way)

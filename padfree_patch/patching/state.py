@@ -19,6 +19,13 @@ class State:
         self.opt_ins = OptIn.all_in(model)
         self._values = {opt_in: dict(vars(opt_in)) for opt_in in self.opt_ins.values()}
 
+    def take_off(self) -> None:
+        """Makes every module as if it had never been patched, until it is put back."""
+        with lock:
+            for module, opt_in in self.opt_ins.items():
+                _exchange(module, opt_in, None)
+        remove_unused()
+
     def put_back(self) -> None:
         """Makes every module patched as it was, or unpatched if it was not, whatever happened in between."""
         with lock:

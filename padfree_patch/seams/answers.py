@@ -86,7 +86,7 @@ def _raise_if_replaced(answers: Answers, error: Exception) -> None:
 def _check(answers: Answers) -> None:
     """Raises PadfreeError unless every layer has answered that must."""
     model, opt_in = answers.model, OptIn.of(answers.model)
-    if opt_in is not None and opt_in.way and not opt_in.layers:  # `apply` tries a way: verify says what it misses
+    if opt_in is not None and opt_in.trying:  # verify says what the way misses
         opt_in.answered = len(answers.modules)
         return
     layers = _layers(model)
@@ -98,10 +98,19 @@ def _check(answers: Answers) -> None:
     if opt_in is None:
         return
     reached = len(answers.modules) if opt_in.way else len(layers)
-    if opt_in.layers > reached:
+    if opt_in.layers > reached and not (opt_in.way and drops_layers(model)):
         problem = f"ran {reached} layers with patched attention, and apply had patched {opt_in.layers}"
         raise PadfreeError(_message(model, problem, replaced(model)))
     opt_in.answered = reached
+
+
+def drops_layers(model: nn.Module) -> bool:
+    """Whether a model leaves out layers at random while it is trained, as BART's kin does if its config says so."""
+    if not model.training:
+        return False
+    config: Any = getattr(model, "config", None)
+    chances = {**vars(config or model), **vars(model)}
+    return any(name.endswith("layerdrop") and isinstance(n, (int, float)) and n > 0 for name, n in chances.items())
 
 
 def _silent(answers: Answers, layers: list[list[nn.Module]]) -> list[nn.Module]:

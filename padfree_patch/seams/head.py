@@ -69,7 +69,13 @@ def _prepare(call: Call) -> PackedBatch | None:
 
 
 def predicts_next_tokens(head: nn.Module) -> bool:
-    """Whether a head's labels say what follows each token; those of a token classifier are about the token itself."""
+    """Whether a head's labels say what follows each token; those of a token classifier are about the token itself.
+
+    So are those of BART's kin as decoders, whose loss shifts nothing.
+    """
+    opt_in = OptIn.of(head)
+    if opt_in is not None and opt_in.reads_first_label:
+        return False
     return any(base.__name__.endswith(_PREDICT_NEXT) for base in type(head).__mro__)
 
 

@@ -248,7 +248,10 @@ def _cache_of(arguments: dict[str, Any]) -> Any:
 def _cached_tokens(cache: Any) -> int:
     """Returns how many tokens a cache holds; 0 for what is none, of which upstream says what is wrong."""
     if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
+        try:
+            return int(cache.get_seq_length())
+        except ValueError:  # of a recurrent model, which keeps a state and counts nothing (5.0 on)
+            return int(cache.has_previous_state())
     if not isinstance(cache, tuple | list):
         return 0
     layer = cache[0] if cache else None  # keys and values, before 4.36

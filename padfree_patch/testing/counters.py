@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -88,7 +89,7 @@ class _Functions(TorchFunctionMode):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor that any operator returned while it is entered.
+    """Remembers the largest tensor that any operator returned while it is entered. Of a view, what it is a view of.
 
     >>> with LargestTensor() as largest:
     ...     _ = torch.ones(3, 4) @ torch.ones(4, 5)
@@ -107,6 +108,11 @@ class LargestTensor(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, Tensor) and value.numel() > self.elements:
-                self.elements, self.shape, self.operator = value.numel(), tuple(value.shape), str(func)
+            if isinstance(value, Tensor) and (elements := _elements(value)) > self.elements:
+                self.elements, self.shape, self.operator = elements, tuple(value.shape), str(func)
         return result
+
+
+def _elements(tensor: Tensor) -> int:
+    """Returns how many numbers of a tensor lie in memory; an expanded one has most of them in no place of its own."""
+    return math.prod(n for n, stride in zip(tensor.shape, tensor.stride()) if stride) if tensor.numel() else 0

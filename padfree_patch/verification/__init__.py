@@ -22,6 +22,7 @@ from .untouched import untouched, unwrapped, why_it_cannot_run
 __all__ = [
     "LENGTHS",
     "Verification",
+    "reads_first_label",
     "rounding_of_neighbours",
     "run_alone",
     "run_packed",
@@ -112,7 +113,7 @@ _AS_IF = ", as if its weights were not loaded yet"
 
 @torch.enable_grad()
 def sees_later_tokens(model: nn.Module) -> float | None:
-    """Measures how far an example's outputs change when its last token does, on the model as it is; None if not at all.
+    """Measures how far an example's outputs change when a later token does, on the model as it is; None if not at all.
 
     None too for a model that can't be run.
     """
@@ -120,9 +121,18 @@ def sees_later_tokens(model: nn.Module) -> float | None:
         return None
     with untouched(model):
         probe = Probe(unwrapped(model))
-        change, some = probe.change_by_last_token(), probe.alone(probe.b)
+        change, some = probe.change_by_later_token(), probe.alone(probe.b)
         allowed = TOLERANCE_EPS * torch.finfo(some.dtype).eps * largest(some)
     return change if change > allowed else None
+
+
+def reads_first_label(model: nn.Module) -> bool:
+    """Whether a model's loss reads the label of the first token, which others leave out: nothing comes before it."""
+    if why_it_cannot_run(model):
+        return False
+    with untouched(model), torch.no_grad():
+        loss = Probe(unwrapped(model)).loss_of_first_label()
+    return loss is not None and math.isfinite(loss) and loss != 0
 
 
 @torch.enable_grad()

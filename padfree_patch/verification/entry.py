@@ -30,6 +30,8 @@ class Entry:
         self._by_ids = self._takes("input_ids")
         self.embeddings: list[Tensor] = []
         """What the embedding gave in the last call, (1, T, D) each: the leaves at which its graph begins."""
+        self.nudge: Callable[[Tensor], Tensor | int] = lambda embeddings: 0
+        """By what part of themselves the embeddings are changed."""
         if not (self._by_ids or self._takes("inputs_embeds")):
             raise self._refusal(f"takes {', '.join(self._parameters)}, and no input_ids")
 
@@ -65,6 +67,17 @@ class Entry:
         shapes = ", ".join(str(tuple(each.shape)) for each in results) or "none"
         raise self._refusal(f"gives, for tokens of shape {tuple(tokens.shape)}, tensors of other shapes: {shapes}")
 
+    def loss(self, tokens: Tensor, labels: Tensor) -> float | None:
+        """Returns the loss that the model computes of labels (1, T); None if it computes none."""
+        if "labels" not in self._parameters:
+            return None
+        try:
+            output = self._run(tokens, {"labels": labels})
+        except Exception:  # upstream's own, such as of a head that wants other labels
+            return None
+        loss = output.get("loss") if isinstance(output, dict) else None
+        return float(loss) if isinstance(loss, Tensor) and loss.dim() == 0 else None
+
     def _accepted(self, options: dict[str, Tensor | bool], device: torch.device) -> dict[str, Tensor | bool]:
         """Returns what the forward takes; positions that it does not take become segment numbers in the mask."""
         given = {name: value for name, value in options.items() if self._takes(name)}
@@ -97,7 +110,8 @@ class Entry:
         self.embeddings = []
 
         def cut(module: nn.Module, args: object, output: Tensor) -> Tensor:
-            self.embeddings.append(output.detach().requires_grad_())
+            nudged = output.detach() * (1 + self.nudge(output))
+            self.embeddings.append(nudged.to(output.dtype).requires_grad_())
             return self.embeddings[-1].clone()  # a leaf itself must not be changed in place, as some decoders do
 
         hook = self._embed.register_forward_hook(cut)

@@ -34,12 +34,16 @@ class OptIn:
         """Of a decoder: layers whose attention was patched when it was."""
         self.way = ""
         """How the examples are kept apart, if no patch is registered for the model: in words, for people."""
+        self.trying = False
+        """Whether `apply` tries the way, so that it is no error yet if nobody answers."""
         self.answered = 0
         """Modules that answered in the last packed call; of a way that was found, what later calls must reach."""
         self.special = False
         """Of an attention module: whether upstream's own function ran on each sequence in the last packed call."""
         self.not_recomputed: tuple[str, ...] = ()
         """Classes inside of layers that gradient checkpointing must not run again: their batch would be gone."""
+        self.reads_first_label = False
+        """Of a model around a decoder: whether its loss takes labels as they are, not as what follows each token."""
         self.set_aside: dict[str, Any] = {}
         """What stood in the module's `__dict__` and would have gone past the patched class."""
         self.check: Callable[[nn.Module], None] | None = None
@@ -104,12 +108,13 @@ class OptIn:
         twin = OptIn(self.model_type, self.backend, self.seams, self.layers)
         twin.check, twin.pending, twin.checked = self.check, self.pending, copy.deepcopy(self.checked, memo)
         twin.way, twin.not_recomputed = self.way, self.not_recomputed
+        twin.reads_first_label = self.reads_first_label
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         seams = tuple(seam.by_name() for seam in self.seams)
         saved_with = str(versions.transformers_version())
-        kept = ("check", "pending", "way", "not_recomputed")
+        kept = ("check", "pending", "way", "not_recomputed", "reads_first_label")
         state = {name: getattr(self, name) for name in kept}
         return _unpickle, (self.model_type, self.backend, seams, self.layers, saved_with), state
 

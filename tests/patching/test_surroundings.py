@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
@@ -81,25 +80,3 @@ def test_refusal_of_an_actor_names_the_model_inside(llama):
     with pytest.raises(PadfreeError, match=says):
         padfree_patch.apply(Actor(llama))
     padfree_patch.apply(Actor(llama).model)
-
-
-class SeeingConfig(transformers.PretrainedConfig):
-    model_type = "seeing"
-
-
-class Seeing(transformers.PreTrainedModel):
-    """As a model that sees has its language model inside."""
-
-    config_class = SeeingConfig
-
-    def __init__(self, language_model):
-        super().__init__(SeeingConfig())
-        self.vision, self.language_model = nn.Linear(2, 2), language_model
-
-
-def test_refusal_of_a_model_around_a_supported_one_names_that(llama):
-    says = r"Seeing \(model type 'seeing'\) is not supported, but .language_model in it is; padfree_patch.apply"
-    model = Seeing(llama)
-    with pytest.raises(PadfreeError, match=says + r"\(model.language_model\) patches that LlamaForCausalLM alone"):
-        padfree_patch.apply(model)
-    padfree_patch.apply(model.language_model)

@@ -92,14 +92,10 @@ def test_python_errors_stay_python_errors(llama, batch):
         llama(batch["input_ids"], **batch)
 
 
-def test_unsupported_models_are_named(llama):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8))
+def test_what_is_no_transformers_model_is_named():
     for model, message in [
-        (gpt2, r"GPT2LMHeadModel \(model type 'gpt2'\) is not supported; supported model types: .*llama.*mistral"),
-        (torch.nn.Linear(2, 2), "Linear is not a transformers model and holds none; supported model types: .*llama"),
-        ("llama", "expected a transformers model, found str; supported: .*llama"),
+        (torch.nn.Linear(2, 2), "Linear is not a transformers model and holds none"),
+        ("llama", "expected a transformers model, found str"),
     ]:
         with pytest.raises(PadfreeError, match=message):
             padfree_patch.apply(model)
