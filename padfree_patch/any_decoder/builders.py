@@ -105,8 +105,9 @@ def _is_absent(name: str, value: object) -> bool:
 def _recipes_of(original: Any, arguments: dict[str, Any], dtype: torch.dtype) -> list[Recipe]:
     """Returns the recipe of each mask that a builder makes: one, or several in a tuple."""
     kept = {name: None if isinstance(value, Tensor) else value for name, value in arguments.items()}
-    if isinstance(kept.get("self"), nn.Module):
-        kept["self"] = without_weights(kept["self"])
+    owner = kept.get("self")
+    if isinstance(owner, nn.Module):
+        kept["self"] = without_weights(owner)
     reads_mask = any(part in original.__name__ for part in _READERS)
     builder = Builder(original, kept, dtype, reads_mask)
     try:

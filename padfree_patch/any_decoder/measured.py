@@ -94,7 +94,7 @@ class Builder:
         causal = _distances() >= 0
         if keep is None or torch.equal(keep, causal):
             return "causal", 0
-        ways = {name: looks(**{**dict.fromkeys(sizes, _LARGE), name: _SMALL}) for name in sizes}
+        ways: dict[str, Any] = {name: looks(**{**dict.fromkeys(sizes, _LARGE), name: _SMALL}) for name in sizes}
         deciding = [name for name, shown in ways.items() if shown is not None and not torch.equal(shown, causal)]
         if len(deciding) != 1 or not torch.equal(keep, ways[deciding[0]]):
             return "other", 0
