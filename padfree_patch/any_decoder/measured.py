@@ -57,7 +57,7 @@ class Builder:
             "input_shape": (1, length),
             "past_key_values_length": 0,
             "cache_position": torch.arange(length, device=device),
-            "position_ids": None,  # or it would look for packed ones among them, which waits for the device
+            "position_ids": torch.arange(length, device=device)[None],
             "attention_mask": mask if self._reads_mask else None,
             "mask": mask,
             "past_key_values": None,
