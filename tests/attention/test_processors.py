@@ -25,6 +25,7 @@ def environment(instructions: str, threads: int) -> dict[str, str]:
     return {**os.environ, **forced, "OMP_NUM_THREADS": str(threads), "PADFREE_TEST_THREADS": str(threads)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("instructions", "threads", "chosen"), [("avx2", 1, HALF), ("avx2", 3, LAYOUT), ("default", 1, LAYOUT)]
 )

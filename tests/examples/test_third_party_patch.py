@@ -49,6 +49,7 @@ def run(*arguments: str, cwd: Path, installed: str = "") -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_installed_package_passes_its_own_tests(folders):
     source, installed = folders
     output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=source, installed=str(installed))

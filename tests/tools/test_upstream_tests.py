@@ -79,6 +79,7 @@ def checkout(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_just_the_test_that_the_broken_seam_breaks_is_found(checkout):
     command = [sys.executable, upstream_tests.__file__, str(checkout)]
     files = sorted(checkout.rglob("*"))
