@@ -30,8 +30,6 @@ class Entry:
         self._by_ids = self._takes("input_ids")
         self.embeddings: list[Tensor] = []
         """What the embedding gave in the last call, (1, T, D) each: the leaves at which its graph begins."""
-        self.nudge: Callable[[Tensor], Tensor | int] = lambda embeddings: 0
-        """By what part of themselves the embeddings are changed."""
         if not (self._by_ids or self._takes("inputs_embeds")):
             raise self._refusal(f"takes {', '.join(self._parameters)}, and no input_ids")
 
@@ -110,8 +108,7 @@ class Entry:
         self.embeddings = []
 
         def cut(module: nn.Module, args: object, output: Tensor) -> Tensor:
-            nudged = output.detach() * (1 + self.nudge(output))
-            self.embeddings.append(nudged.to(output.dtype).requires_grad_())
+            self.embeddings.append(output.detach().requires_grad_())
             return self.embeddings[-1].clone()  # a leaf itself must not be changed in place, as some decoders do
 
         hook = self._embed.register_forward_hook(cut)

@@ -25,11 +25,6 @@ TOLERANCE_EPS = 170
 differ by the order of additions (other matmul shapes), a few eps per layer; a leak moves logits by 1e-2 and more."""
 
 
-_MOST, _MOST_ROUNDED = 0.1, 0.3
-"""What packed against alone may be in any dtype; and for a model that itself makes more of half precision's rounding.
-What a model that sees other tokens gives is off by as much as its logits are."""
-
-
 class Probe:
     """Two random examples A and B, and another A of the same length, as token ids (1, tokens).
 
@@ -104,25 +99,7 @@ class Probe:
         # Where weights are int8, so are what they are multiplied with: bitsandbytes rounds each token's activations.
         if any(isinstance(each, nn.Linear) and each.weight.dtype == torch.int8 for each in self.model.modules()):
             eps.add(2.0**-7)
-        tolerance = min(TOLERANCE_EPS * max(eps), _MOST)
-        if error > tolerance == _MOST:
-            tolerance = max(tolerance, min(2 * self.own_rounding(alone, max(eps)), _MOST_ROUNDED))
-        return error, tolerance
-
-    def own_rounding(self, alone: Tensor, eps: float) -> float:
-        """Measures how far the model turns half a unit in the last place of the embeddings, relative to its logits."""
-        generator = torch.Generator().manual_seed(0)
-
-        def nudge(embeddings: Tensor) -> Tensor:
-            signs = torch.randint(2, embeddings.shape, generator=generator, device="cpu") * 2 - 1
-            return (signs * eps).to(embeddings.device, torch.float32)
-
-        before, self._entry.nudge = self._entry.nudge, nudge
-        try:
-            nudged = torch.cat([self.alone(each) for each in (self.a, self.b)], dim=1)
-        finally:
-            self._entry.nudge = before
-        return largest(nudged.float() - alone.float()) / max(largest(alone), torch.finfo(torch.float32).tiny)
+        return error, min(TOLERANCE_EPS * max(eps), 0.1)
 
     def loss_of_first_label(self) -> float | None:
         """Computes the loss of B alone if only its first token has a label; None if the model computes none."""
