@@ -11,6 +11,7 @@ from ..any_decoder.decoder import check_decoder
 from ..any_decoder.way import Way, ways_of
 from ..errors import PadfreeError
 from ..models import pretrained_modules
+from ..registry import registry
 from ..verification import Verification
 from ..verification.untouched import unwrapped
 from ..wrapping.opt_in import OptIn
@@ -52,8 +53,18 @@ def apply_found(model: nn.Module, before: State, backend: str, *, verify: bool) 
             way = way.with_named(named)
     raise PadfreeError(
         f"{type(pretrained_modules(model)[0]).__name__}: no patch is registered for it, and no way that was found "
-        "keeps its examples apart; it was put back as it was. Tried:\n" + "\n".join(failures)
+        f"keeps its examples apart; it was put back as it was{_registered_inside(model)}. Tried:\n"
+        + "\n".join(failures)
     )
+
+
+def _registered_inside(model: nn.Module) -> str:
+    """Says which model with a registered patch is inside, as the language model of one that sees: for the error."""
+    for name, module in model.named_modules():
+        model_type = getattr(getattr(module, "config", None), "model_type", None)
+        if name and module in pretrained_modules(model) and registry().get(model_type) is not None:
+            return f"; padfree_patch.apply(model.{name}) patches the {type(module).__name__} in it alone"
+    return ""
 
 
 def _why_not_to_check(model: nn.Module, *, verify: bool) -> str | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from helpers.any_decoder import CONFIGS, maker
+from padfree_patch import PadfreeError, apply
 from padfree_patch.registry import registry
 from padfree_patch.testing import CHECKS, checks
+from padfree_patch.wrapping.opt_in import OptIn
 
 pytestmark = pytest.mark.versions
 
@@ -14,6 +16,10 @@ KINDS = [name for name in CONFIGS if registry().get(name) is None]
 
 COVERED = (checks.check_logits, checks.check_isolation)
 """What `apply` itself has measured, and `check_gradients` again."""
+
+
+SYNCS_PER_SEQUENCE = ("llama4_text", "qwen3_next")
+"""Kinds whose masks are made for each length by code that waits for the device, in some versions."""
 
 
 def test_most_kinds_have_no_patch():
@@ -25,6 +31,13 @@ def test_most_kinds_have_no_patch():
 def test_found_model_passes(kind, check):
     if kind == "bart" and check is checks.check_gradients:
         pytest.skip("its labels are not shifted: test_labels.py")
-    if kind in ("rwkv", "bart") and check is checks.check_two_forwards:
-        pytest.skip("test_checkpointing.py")
+    if check is checks.check_two_forwards:
+        if kind in ("rwkv", "bart"):
+            pytest.skip("test_checkpointing.py")
+        if OptIn.of(apply(maker(kind)())).not_recomputed:  # Mamba before 4.45, whose mixers are handed no mask
+            with pytest.raises(PadfreeError, match="gradient checkpointing would run again"):
+                check(maker(kind))
+            return
+    if kind in SYNCS_PER_SEQUENCE and check is checks.check_cost:
+        pytest.xfail("upstream's builder of a mask asks the device, and is called for each length")
     check(maker(kind))

@@ -11,7 +11,7 @@ import padfree_patch
 from helpers.any_decoder import with_weights
 from helpers.models import assert_exact
 from helpers.snapshots import snapshot
-from padfree_patch import PadfreeError
+from padfree_patch import PadfreeError, versions
 from padfree_patch.registry import registry
 from padfree_patch.testing import conformance, examples, pack, tiny_model
 
@@ -138,6 +138,12 @@ def test_language_model_inside_is_found():
     make = lambda: tiny_model(registry().get("llama"), "sdpa")  # noqa: E731
     texts = examples((5, 9))
     alone = conformance.logits_alone(make, texts)
+    if versions.transformers("<4.48"):  # here it is not found yet, and the error says what to do
+        with pytest.raises(
+            PadfreeError, match=r"apply\(model\.language_model\) patches the LlamaForCausalLM in it alone"
+        ):
+            padfree_patch.apply(Seeing(make()))
+        return
     model = padfree_patch.apply(Seeing(make()))
     assert_exact(model, pack(texts), alone)
     with pytest.raises(PadfreeError, match="Seeing: a packed row with pixel_values: how images come into its text is"):
