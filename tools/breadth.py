@@ -161,6 +161,8 @@ def measured(model: nn.Module, apply_to: Apply, kinds: Sequence[str]) -> dict[st
         with recording_windows() as windows:
             found = run(model, [packed(model, ids_of(5))])
         kind, way = way_in_words(model, unpatched, kernels=bool(windows))
+    except PadfreeError as error:
+        return {"verdict": "refused", "why": f"not by apply, but at the first packed call in training: {error}"}
     except Exception as error:
         return {"verdict": "crashed", "why": f"a packed row: {said(error)}"}
     rows = "exact"

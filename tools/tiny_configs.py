@@ -177,7 +177,7 @@ def tiny_model(model_type: str, implementation: str, *, seed: int = 0) -> Any:
 def _drop_nothing(model: nn.Module) -> None:
     """Sets every probability of dropout, and the noise of routers, to 0."""
     modules = list(model.modules())
-    for holder in (*modules, *(each.config for each in modules if hasattr(each, "config"))):
+    for holder in (*modules, *(each.config for each in modules if _is_config(getattr(each, "config", None)))):
         for name, value in vars(holder).items():
             if type(value) is float and ("drop" in name or "jitter" in name):
                 setattr(holder, name, 0.0)

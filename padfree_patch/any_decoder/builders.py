@@ -112,7 +112,10 @@ def _recipes_of(original: Any, arguments: dict[str, Any], dtype: torch.dtype) ->
     builder = Builder(original, kept, dtype, reads_mask)
     try:
         masks = builder.build(TOKENS, torch.device("cpu"))
-    except Exception:  # it reads the caller's mask too
+        too_wide = isinstance(masks, Tensor) and masks.shape[-1] == TOKENS + 1  # BART's kin, eager, until 4.57
+    except Exception:
+        too_wide = True
+    if too_wide:  # it reads the caller's mask too
         builder = Builder(original, kept, dtype, True)
         masks = builder.build(TOKENS, torch.device("cpu"))
     if not isinstance(masks, tuple):
