@@ -46,7 +46,7 @@ SECONDS = Path(".nox", "seconds.txt")  # how long each session took, a line each
 
 TWO_PROCESSES = ("4.36.2", "5.24.0")  # a minute each: test_distributed.py
 DISTRIBUTED = "tests/promises/test_distributed.py"
-PROCESSORS = "tests/attention/test_processors.py"
+NEWEST_ONLY = ["tests/attention/test_processors.py", "tests/tools", "tests/examples"]  # long; any version would do
 OWN_PROCESS = Path("tests", "own_process")
 """Tests that want a process of their own, or a library that the others do without."""
 # One thread per process: the models are too small for torch to fill two cores with one process.
@@ -109,18 +109,18 @@ def tests(session: nox.Session, transformers: str) -> None:
     session.install("-e", ".[test]", *pins(transformers))
     report = Path(session.virtualenv.location) / "junit.xml"
     two_processes = [] if transformers in TWO_PROCESSES or full_asked_for else [f"--ignore={DISTRIBUTED}"]
-    newest_only = [] if transformers == VERSIONS[-1] or full_asked_for else [f"--ignore={PROCESSORS}"]
+    elsewhere = ["tests/demo"] if transformers == VERSIONS[-1] else NEWEST_ONLY  # the demo installs an old version
     chosen = [] if transformers == VERSIONS[-1] or full_asked_for else ["-m", "not fuzz"]
     if transformers not in WHOLE and not full_asked_for and not session.posargs:
         chosen = ["-m", "versions and not slow" if transformers in WITHOUT_SLOW else "versions"]
-    arguments = [f"--junitxml={report}", *two_processes, *newest_only, *chosen, *session.posargs]
+    ignored = [f"--ignore={path}" for path in elsewhere if not full_asked_for]
+    arguments = [f"--junitxml={report}", *two_processes, *ignored, *chosen, *session.posargs]
     session.run("pytest", "-n2", "--dist=loadgroup", *arguments, env=ALONE)
     if not session.posargs:  # a process of its own, in which transformers finds flash-attn, or what stands in for it
         stand_in = {**ALONE, "PYTHONPATH": STAND_INS, "PADFREE_FLASH_ATTENTION": "1"}
         report = report.with_name("junit-flash_attention_2.xml")
-        session.run(
-            "pytest", "-n2", f"--junitxml={report}", str(OWN_PROCESS / "flash_attention_2_checks.py"), env=stand_in
-        )
+        checks = str(OWN_PROCESS / "flash_attention_2_checks.py")
+        session.run("pytest", "-n2", f"--junitxml={report}", checks, env=stand_in)
 
 
 @nox.session(venv_backend="none")

@@ -65,6 +65,7 @@ def test_lengths_say_it_too(make, alone):
     assert_exact(model, {"input_ids": torch.cat(TEXTS, dim=1), "packed_sequences": lengths}, alone)
 
 
+@pytest.mark.parametrize("make", ["rwkv"], indirect=True)  # seconds each: another process
 def test_copies_stay_patched(make, alone, tmp_path):
     model = padfree_patch.apply(make())
     assert_exact(copy.deepcopy(model), pack(TEXTS), alone)
