@@ -150,6 +150,8 @@ def _inexact(found: Breadth) -> list[str]:
     for version, tables in found.items():
         for implementation, rows in tables.items():
             for name, row in rows.items():
+                if row["verdict"] == "not built" and implementation != SHOWN:
+                    continue  # most can't be loaded in this way
                 for said in _what_is_not_exact(row):
                     where.setdefault((name, said), []).append(f"{version} ({implementation})")
     return [f"- {name}, on {', '.join(places)}: {said}" for (name, said), places in sorted(where.items())]
