@@ -116,5 +116,7 @@ def states_put_back(model: nn.Module) -> Iterator[None]:
             vars(module).update(values)
 
 
-def _plain_values(module: nn.Module) -> dict[str, Tensor | None]:
-    return {name: value for name, value in vars(module).items() if value is None or isinstance(value, Tensor)}
+def _plain_values(module: nn.Module) -> dict[str, object]:
+    """Returns what a call may leave: tensors, and numbers that say how much they hold, as of Falcon's old rotary."""
+    kinds = (type(None), Tensor, bool, int, float)
+    return {name: value for name, value in vars(module).items() if isinstance(value, kinds)}
