@@ -17,7 +17,7 @@ from ..errors import PadfreeError
 from ..seams.kinds import Found
 from ..wrapping.call import Call
 from ..wrapping.seam import Seam
-from .measured import EMBEDDINGS, TOKENS, Builder
+from .measured import EMBEDDINGS, OF_THE_ROW, TOKENS, Builder
 from .noted_mask import Recipe, find_noted, recipes, with_recipe
 from .readings import facts_of, without_weights
 from .way import Way
@@ -87,7 +87,7 @@ def answer(call: Call) -> Tensor | tuple[Tensor, ...]:
         )
     tokens = next((arguments[name] for name in EMBEDDINGS if isinstance(arguments.get(name), Tensor)), None)
     dtype = torch.float32 if tokens is None else tokens.dtype
-    key = call.original, facts_of(arguments), dtype
+    key = call.original, facts_of({n: value for n, value in arguments.items() if n not in OF_THE_ROW}), dtype
     numbers = recipes.numbers(key, lambda: _recipes_of(call.original, arguments, dtype))
     made = tuple(with_recipe(given, number) for number in numbers)
     return made if len(made) > 1 else made[0]

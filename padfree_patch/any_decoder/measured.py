@@ -18,6 +18,18 @@ from .readings import ReadConfig
 EMBEDDINGS = ("inputs_embeds", "input_embeds", "input_tensor")
 """What builders call the tokens, whose shape and dtype they look at."""
 
+OF_THE_ROW = (
+    *EMBEDDINGS,
+    "input_shape",
+    "past_key_values_length",
+    "cache_position",
+    "position_ids",
+    "attention_mask",
+    "mask",
+    "past_key_values",
+)
+"""Arguments that say what the row of a call is like. A sequence gets its own, so that no recipe depends on them."""
+
 TOKENS, _SMALL, _LARGE = 8, 4, 64
 
 
@@ -51,18 +63,12 @@ class Builder:
 
     def build(self, length: int, device: torch.device, **instead: int) -> Any:
         """Calls the builder for one sequence. `instead` are other values of numbers that it reads, or is given."""
-        mask = CALLERS_OWN.build(length, device)
-        stand_ins: dict[str, Any] = {
-            **dict.fromkeys(EMBEDDINGS, torch.empty(1, length, 1, dtype=self._dtype, device=device)),
-            "input_shape": (1, length),
-            "past_key_values_length": 0,
-            "cache_position": torch.arange(length, device=device),
-            "position_ids": torch.arange(length, device=device)[None],
-            "attention_mask": mask if self._reads_mask else None,
-            "mask": mask,
-            "past_key_values": None,
-        }
-        given = {name: stand_ins.get(name, value) for name, value in self._arguments.items()}
+        mask, counted = CALLERS_OWN.build(length, device), torch.arange(length, device=device)
+        tokens = torch.empty(1, length, 1, dtype=self._dtype, device=device)
+        callers = mask if self._reads_mask else None
+        values = (tokens, tokens, tokens, (1, length), 0, counted, counted[None], callers, mask, None)
+        own = dict(zip(OF_THE_ROW, values, strict=True))
+        given = {name: own.get(name, value) for name, value in self._arguments.items()}
         given |= {name: value for name, value in instead.items() if name in given}
         if instead and (config := config_of(given)) is not None:
             self._exchange_config(given, ReadConfig(config, instead, self._numbers, self._unclear))
@@ -81,8 +87,8 @@ class Builder:
 
     def _measured(self, build: Any) -> tuple[str, int]:
         """Returns the kind and size of a mask, as one of eight tokens looks with small numbers."""
-        sizes = {name: value for name, value in self._arguments.items() if type(value) is int and value > 0}
-        sizes.pop("past_key_values_length", None)
+        given = {name: value for name, value in self._arguments.items() if name not in OF_THE_ROW}
+        sizes = {name: value for name, value in given.items() if type(value) is int and value > 0}
 
         def looks(**instead: int) -> Tensor | None:
             return _shown(build(TOKENS, torch.device("cpu"), nothing=0, **instead))

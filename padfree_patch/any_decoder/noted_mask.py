@@ -65,6 +65,9 @@ class _Recipes:
     def __getitem__(self, number: int) -> Recipe:
         return self._recipes[number]
 
+    def __len__(self) -> int:
+        return len(self._recipes)
+
 
 recipes = _Recipes()
 
@@ -80,7 +83,7 @@ class NotedMask(Tensor):
             return args[0]
         if name == "__contains__":  # `0 in mask`: a mask without a zero is dropped (flash-attention, until 4.52)
             return True
-        if name == "all":
+        if name == "all":  # `(mask == 1).all()`: a mask of ones alone is dropped
             return torch.tensor(False)
         if name in _NOTED and not any(_is_large(each) for each in (*args, *kwargs.values())):
             return _noted(func, args, kwargs)

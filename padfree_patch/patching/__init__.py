@@ -33,12 +33,13 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
     Args:
         model: a transformers model, also inside PEFT, DDP, FSDP or a compiled module.
         backend: "auto" takes the fastest that can do what a call needs; see `padfree_patch.attention.BACKENDS`.
-        verify: check on the model itself that examples do not mix (`padfree_patch.verify`).
+        verify: check on the model itself that examples do not mix (`padfree_patch.verify`). A model that no patch is
+            registered for is entered in the first way that passes this check.
 
     Returns the same object. Applying twice is applying once, with the newer backend.
 
-    Raises PadfreeError, with the model as it was, if there is no patch for it, upstream's code is not what the patch
-    was made for, or the check finds that examples still mix (`LeakError`).
+    Raises PadfreeError, with the model as it was, if no way is right for it, upstream's code is not what its patch was
+    made for, or the check finds that examples still mix (`LeakError`).
     """
     attention.check_name(backend)
     patch = patch_for(model)
