@@ -6,7 +6,7 @@ Which dimension has the tokens is told by its size; where two could, it is an er
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..batch.packed_batch import PackedBatch
 from ..errors import PadfreeError
+from ..seams.under_way import under_way
 from .noted_mask import is_noted, number_of, recipes
 
 
@@ -36,7 +37,7 @@ class Cutter:
         self._total, self._lengths = batch.sequences.total, batch.sequences.lengths
         self._device, self._module, self._dims = batch.position_ids.device, module, token_dims or {}
         self._who, self._scores = type(module).__name__, scores
-        self._masks: dict[tuple[int, int], Any] = {}
+        self._masks: dict[Hashable, Any] = {} if under_way.masks is None else under_way.masks
 
     def run(self, arguments: dict[str, Any], run: Callable[[dict[str, Any]], Any]) -> list[Any]:
         """Runs something on each sequence's part of the arguments."""
@@ -91,7 +92,7 @@ class Cutter:
         return value.narrow(dims[-1] if value.dim() == 3 and token_dim == 2 else dims[0], row, 1)
 
     def _mask(self, number: int, length: int) -> Any:
-        key = number, length
+        key = number, length, self._device
         if key not in self._masks:
             self._masks[key] = recipes[number].build(length, self._device)
         return self._masks[key]

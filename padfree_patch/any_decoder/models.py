@@ -19,7 +19,7 @@ from ..seams.kinds import Found
 from ..seams.model_call import concerns as concerns_model
 from ..seams.model_call import enter, proceed, seams_of, take_batch, tokens_of
 from ..seams.noise import embed_each_alone
-from ..seams.under_way import running
+from ..seams.under_way import running, sharing_masks
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
 from .images import check_other_inputs
@@ -46,7 +46,8 @@ def answer(call: Call) -> Any:
     if batch is None:
         with found_ordinary(call):
             return proceed(call)
-    with answering(call.module, batch), running(batch=batch), _several_rows_served(call.module, batch):
+    served = _several_rows_served(call.module, batch)
+    with answering(call.module, batch), running(batch=batch), sharing_masks(), served:
         return call.proceed()
 
 

@@ -7,9 +7,9 @@ forward runs again, and sets it again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -25,11 +25,13 @@ class _UnderWay(threading.local):
     kernel: PackedKernel | None = None
     generating: frozenset[int] = frozenset()
     answers: Answers | None = None
+    masks: dict[Hashable, Any] | None = None
 
 
 under_way = _UnderWay()
 """Its `batch` is the one whose rotary runs; its `kernel` the one that flash-attn would be called for; `generating` has
-the ids of the modules of models that generate; `answers` say who has answered in the innermost packed forward."""
+the ids of the modules of models that generate; `answers` say who has answered in the innermost packed forward; `masks`
+are those that were made in it for single sequences, which all layers share as they share upstream's."""
 
 
 @contextmanager
@@ -41,6 +43,16 @@ def running(*, batch: PackedBatch | None = None, kernel: PackedKernel | None = N
         yield
     finally:
         under_way.batch, under_way.kernel = outer
+
+
+@contextmanager
+def sharing_masks() -> Iterator[None]:
+    """Lets the layers of a model's forward share the masks of single sequences, until it ends."""
+    outer, under_way.masks = under_way.masks, {}
+    try:
+        yield
+    finally:
+        under_way.masks = outer
 
 
 @contextmanager
