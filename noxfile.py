@@ -14,6 +14,21 @@ from pathlib import Path
 
 import nox
 
+sys.path.append(str(Path(__file__).parent / "tools"))
+from pins import (
+    BESIDE,
+    BITSANDBYTES,
+    FLASH_ATTN,
+    FLASH_ATTN_ON_CPU,
+    TORCH,
+    TRL,
+    TWO_PROCESSES,
+    VERSIONS,
+    WHOLE,
+    WITHOUT_SLOW,
+    pins,
+)
+
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"
 nox.options.tags = ["ci"]  # what `make test` runs
@@ -22,29 +37,9 @@ nox.options.tags = ["ci"]  # what `make test` runs
 if places := os.environ.get("PIP_FIND_LINKS"):
     os.environ.setdefault("UV_FIND_LINKS", ",".join(places.split()))
 
-TORCH = "torch==2.13.0"
-BITSANDBYTES = "bitsandbytes==0.50.2"  # its 4-bit and 8-bit linears run on a CPU
-NUMPY_1 = ["numpy<2", "datasets", "pyarrow<21", BITSANDBYTES]  # the last pyarrow that imports beside it
-# The transformers that the tests run on, each with the accelerate and peft of its time: peft 0.21 does not import
-# beside transformers 4.36 and 4.41 and breaks on 4.43, accelerate 1.15 refuses what the Trainer of 4.36 passes it.
-# All of them import, train and save on torch 2.13 and Python 3.11, the 4.x with the numpy they were made for.
-BESIDE = {
-    "4.36.2": ["accelerate==0.25.0", "peft==0.7.1", *NUMPY_1],
-    "4.41.2": ["accelerate==0.30.1", "peft==0.11.1", "datasets==2.19.2", *NUMPY_1],  # before lists of 64 bits
-    "4.43.4": ["accelerate==0.33.0", "peft==0.12.0", *NUMPY_1],
-    "4.47.1": ["accelerate==1.2.1", "peft==0.14.0", *NUMPY_1],
-    "4.57.6": ["accelerate==1.12.0", "peft==0.18.0", *NUMPY_1],
-    "5.24.0": ["accelerate==1.15.0", "peft==0.21.2", "datasets", BITSANDBYTES],
-}
-VERSIONS = list(BESIDE)
-WHOLE = ("4.41.2", VERSIONS[-1])
-"""Where `make test` runs every test; on others those marked `versions`, on 4.43.4 none. `nox -s full`: all on all."""
-WITHOUT_SLOW = ("4.36.2", "4.47.1")
-"""Where `make test` leaves out the compiler and the killed runs: 4.41.2 has them too, 4.57.6 as the newest 4.x."""
 full_asked_for = False
 SECONDS = Path(".nox", "seconds.txt")  # how long each session took, a line each; `.ci/totals.py` prints them
 
-TWO_PROCESSES = ("4.36.2", "5.24.0")  # a minute each: test_distributed.py
 DISTRIBUTED = "tests/promises/test_distributed.py"
 NEWEST_ONLY = ["tests/attention/test_processors.py", "tests/tools", "tests/examples"]  # long; any version would do
 OWN_PROCESS = Path("tests", "own_process")
@@ -68,10 +63,6 @@ def timed(session_function: Callable[..., None]) -> Callable[..., None]:
                 print(f"{time.monotonic() - start:.0f} {session.name}", file=file)
 
     return run
-
-
-def pins(transformers: str) -> list[str]:
-    return [TORCH, f"transformers=={transformers}", *BESIDE[transformers]]
 
 
 @nox.session(tags=["ci"])
@@ -165,19 +156,6 @@ def canary(session: nox.Session) -> None:
     session.run("python", "tools/peft_methods.py", ".nox/peft-canary", env=ALONE)
 
 
-TRL = {"4.41.2": "trl==0.9.6", "4.43.4": "trl==0.9.6", "5.24.0": "trl==1.16.0"}
-
-FLASH_ATTN_ON_CPU = {
-    "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE",
-    "FLASH_ATTENTION_FORCE_BUILD": "TRUE",
-    "FLASH_ATTENTION_TRITON_AMD_ENABLE": "TRUE",
-    "TRITON_INTERPRET": "1",
-}
-"""flash-attn's own Triton kernels instead of its CUDA ones, interpreted on the CPU."""
-
-FLASH_ATTN = ["4.35.2", "4.42.4", "4.47.1", "4.52.4", "5.0.0", "5.24.0"]
-
-
 @nox.session
 @nox.parametrize("transformers", [nox.param(version, id=version) for version in FLASH_ATTN])
 def flash_attn(session: nox.Session, transformers: str) -> None:
@@ -226,7 +204,7 @@ def _checks(session: nox.Session, file: str) -> None:
 
 
 EVERYWHERE = {"tests": VERSIONS, "trl": list(TRL), "peft": VERSIONS, "flash_attn": FLASH_ATTN}
-ON_VERSIONS = [sys.executable, "tools/matrix_on_versions.py", TORCH]  # on the built wheel, two versions at a time
+ON_VERSIONS = [sys.executable, "tools/matrix_on_versions.py"]  # on the built wheel, two versions at a time
 
 
 @nox.session(venv_backend="none")

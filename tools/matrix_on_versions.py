@@ -2,9 +2,9 @@
 
 `nox -s matrix`, `eras` and `breadth` call it:
 
-python tools/matrix_on_versions.py torch==VERSION --merge [TRANSFORMERS VERSION...]     all checks
-python tools/matrix_on_versions.py torch==VERSION --compare                             quickly, on the ends of each era
-python tools/matrix_on_versions.py torch==VERSION --breadth [TRANSFORMERS VERSION...]   every decoder, any patch or none
+python tools/matrix_on_versions.py --merge [TRANSFORMERS VERSION...]     all checks
+python tools/matrix_on_versions.py --compare                             quickly, on the ends of each era
+python tools/matrix_on_versions.py --breadth [TRANSFORMERS VERSION...]   every decoder, any patch or none
 
 Without versions --merge takes every minor, --breadth six. The package is the wheel that is built first.
 """
@@ -18,6 +18,8 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from pins import TORCH
 
 FOLDER = Path(".nox", "matrix").resolve()
 VERDICTS = FOLDER / "verdicts"
@@ -84,10 +86,10 @@ def scripts_of(what_then: str, chosen: Sequence[str]) -> dict[str, tuple[str, ..
     return {**dict.fromkeys(LAST_OF_ERA, quick), **dict.fromkeys(FIRST_OF_ERA, defaults)}
 
 
-def main(torch: str, what_then: str, *chosen: str) -> None:
+def main(what_then: str, *chosen: str) -> None:
     """Prints what came of each version, and merges or compares all."""
     scripts = scripts_of(what_then, chosen)
-    beside = {version: [torch, "numpy<2" if version.startswith("4") else "numpy"] for version in scripts}
+    beside = {version: [TORCH, "numpy<2" if version.startswith("4") else "numpy"] for version in scripts}
     wheel = str(built_wheel())
     with ThreadPoolExecutor(max_workers=2) as pool:
         futures = {
