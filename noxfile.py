@@ -173,9 +173,9 @@ def flash_attn(session: nox.Session, transformers: str) -> None:
 @nox.parametrize("transformers", [nox.param(version, id=version) for version in TRL])
 @timed
 def trl(session: nox.Session, transformers: str) -> None:
-    """SFTTrainer with our collators, on a TRL of the time of each transformers version."""
+    """TRL's trainers with our collators and models, on a TRL of the time of each transformers version."""
     session.install("-e", ".[test]", *pins(transformers), TRL[transformers])
-    _checks(session, "trl_checks.py")
+    _checks(session, "trl_checks.py", "trl_preference_checks.py")
 
 
 @nox.session
@@ -195,10 +195,16 @@ def deepspeed(session: nox.Session) -> None:
     _checks(session, "deepspeed_checks.py")
 
 
-def _checks(session: nox.Session, file: str) -> None:
+def _checks(session: nox.Session, *files: str) -> None:
     """Tests of a library that the ordinary tests do without, its warnings being its own."""
     report = Path(session.virtualenv.location) / "junit.xml"
-    arguments = [f"--junitxml={report}", str(OWN_PROCESS / file), "-W", "default", *session.posargs]
+    arguments = [
+        f"--junitxml={report}",
+        *(str(OWN_PROCESS / file) for file in files),
+        "-W",
+        "default",
+        *session.posargs,
+    ]
     none_chosen = [5] if session.posargs else []  # by the -k of `make test`, say
     session.run("pytest", *arguments, env={**ALONE, "DS_ACCELERATOR": "cpu"}, success_codes=[0, *none_chosen])
 

@@ -35,8 +35,12 @@ _READ = {f"{part}{end}" for part in ("prompt", *_ANSWERS) for end in ("", "_ids"
 }
 """TRL's columns: tokens, labels, masks, and the texts that they were made from."""
 
-_COLUMNS_OF_ROWS = {"completion_mask", "prompt_input_ids", "chosen_input_ids", "rejected_input_ids"}
-"""What TRL's DPOTrainer reads of a batch, from 0.9 to 1.16."""
+_COLUMNS_OF_ROWS = {
+    "completion_mask",
+    *(f"{part}_input_ids" for part in ("prompt", *_ANSWERS)),
+    *(f"input_ids_{part}" for part in _ANSWERS),
+}
+"""What TRL's DPOTrainer and RewardTrainer read of a batch, from 0.9 to 1.16."""
 
 
 class PairsInOneRow(dict[str, Any]):
@@ -46,8 +50,9 @@ class PairsInOneRow(dict[str, Any]):
         if name in _COLUMNS_OF_ROWS:
             raise PadfreeError(
                 f"something asks a batch of padfree_patch's DataCollatorForPreference for {name}, a row per answer, "
-                "but all answers are in one row. TRL's trainers, DPOTrainer among them, need TRL's own collator: leave "
-                "data_collator out. A loss for the row is in docs/training.md, Preferences"
+                "but all answers are in one row. TRL's trainers, DPOTrainer and RewardTrainer among them, need TRL's "
+                "own collator: leave data_collator out, and let the patched model compute TRL's padded batches without "
+                "their padding: padfree_patch.integrations.padded.pack_padded(model) (docs/training.md, Preferences)"
             )
         raise KeyError(name)
 
@@ -57,8 +62,9 @@ class DataCollatorForPreference:
 
     TRL's collator of this name, with its columns and order, without padding. The labels are those of the answers:
     `sequence_log_probs(logits, labels, packed_sequences)` gives (2 * pairs,), the first half of which are the chosen
-    ones, and so does `last_tokens` for a reward model. TRL's own trainers compute their losses from a row per answer
-    and cannot take it; docs/training.md has the loss for a plain Trainer.
+    ones, and so does `last_tokens` for a reward model. docs/training.md has the loss for a plain Trainer. TRL's own
+    trainers compute their losses from a row per answer and cannot take it: leave them their collator, and let the model
+    pack inside (`padfree_patch.integrations.padded.pack_padded`).
 
     Args:
         ignore_index: label of prompts.

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..batch.packed_batch import PackedBatch
+from ..batch.padded_rows import RowOfPadded
 from ..errors import PadfreeError
 from ..models import implementation_of, pretrained_modules
 from ..registry import Patch
@@ -53,11 +54,13 @@ def enter_decoder(call: Call) -> Any:
 @torch.compiler.disable
 def _prepare(call: Call) -> PackedBatch | None:
     mask = call.arguments.get("attention_mask")
+    of_padded = isinstance(call.arguments.get("packed_sequences"), RowOfPadded)
     batch = take_batch(call)
     look_at_call(call.module, tokens_of(call.arguments), mask, batch)
     if batch is not None:
         check_implementation(type(call.module).__name__, call.module)  # it may have been switched since apply
-        check_head_not_passed_by(call.module)
+        if not of_padded:  # whose labels are still the padded batch's
+            check_head_not_passed_by(call.module)
         embed_each_alone(call.module, call.arguments, batch)
         call.arguments["attention_mask"] = stand_in(batch)
     return batch

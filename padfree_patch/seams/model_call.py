@@ -269,7 +269,8 @@ def _check_result(call: Call) -> None:
     if needs_rows(call.module):
         raise PadfreeError(
             f"{name} gives one result per row, so a packed row would give one for all its sequences; call its decoder, "
-            "and its head on padfree_patch.last_tokens(hidden_states, sequences)"
+            "and its head on padfree_patch.last_tokens(hidden_states, sequences), or give it a padded batch, which "
+            "padfree_patch.integrations.padded.pack_padded(model) computes without its padding"
         )
 
 

@@ -73,7 +73,6 @@ def trained(model, tokenizer, folder, collator, dataset, *, patched, batch_size=
     config = SFTConfig(
         str(folder),
         per_device_train_batch_size=batch_size,
-        learning_rate=1e-2,
         optim="sgd",
         max_grad_norm=0.0,
         logging_steps=1,
@@ -82,7 +81,13 @@ def trained(model, tokenizer, folder, collator, dataset, *, patched, batch_size=
         bf16=False,
         gradient_checkpointing=False,
         save_strategy="no",
-        **{"dataset_kwargs": {"skip_prepare_dataset": True}, "max_steps": 3, **length, **options},
+        **{
+            "learning_rate": 1e-2,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "max_steps": 3,
+            **length,
+            **options,
+        },
     )
     named = "processing_class" if "processing_class" in inspect.signature(SFTTrainer).parameters else "tokenizer"
     trainer = SFTTrainer(
@@ -182,6 +187,32 @@ def test_trls_own_packing_is_isolated(model, tokenizer, tmp_path):
     assert len(row["seq_lengths"]) > 1
     torch.testing.assert_close(loss, alone / predicted)
     assert abs(mixed - loss) > 1e-3  # the control
+
+
+@pytest.mark.skipif(not HAS_PADDING_FREE, reason="this TRL has no fused head")
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_the_fused_head_predicts_nothing_across_a_boundary(model, tokenizer, tmp_path, lora):
+    """TRL's default loss ("nll", or "chunked_nll") calls the decoder past the head; here first labels are kept."""
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    collator, texts = DataCollatorWithFlattening(separator_id=None), list(data())[:4]
+    batch = collator(texts)
+
+    def head(*, patched):
+        _, trainer = trained(model, tokenizer, tmp_path, collator, data(), patched=patched, learning_rate=0.0)
+        return trainer.model.eval()
+
+    patched, alone = head(patched=True), head(patched=False)
+    with torch.no_grad():
+        found = patched(**batch, fused_lm_head=True)
+        expected = [alone(**padding([each]), fused_lm_head=True) for each in texts]
+        mixed = alone(**batch, fused_lm_head=True)
+    predicted = sum(len(each["input_ids"]) - 1 for each in texts)
+    assert found.label_mask.sum() == predicted and mixed.label_mask.sum() == predicted + 3  # the control
+    loss = -sum(each.log_probs.sum() for each in expected) / predicted
+    torch.testing.assert_close(found.loss, loss, rtol=0, atol=2e-5)
 
 
 def test_trls_packing_without_boundaries_is_said(model, tokenizer, tmp_path):
