@@ -2,28 +2,32 @@
 
     padfree_patch.apply(model)
 
-Importing this package patches nothing and imports no model code.
+Importing this package patches nothing, and imports neither torch nor transformers: a name is loaded when it is used.
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
-from .batch.sequences import PackedSequences
-from .data.completions import DataCollatorForCompletionOnlyLM
-from .data.dataset import pack_dataset
-from .data.flattening import DataCollatorWithFlattening
-from .data.packing_plan import PackingPlan, plan_packing
-from .data.preference import DataCollatorForPreference
-from .data.samplers import TokenBudgetBatchSampler
-from .data.unpacking import last_tokens, sequence_log_probs, unpack
-from .errors import LeakError, PadfreeError
-from .measure.estimation import Estimate, estimate
-from .patching import applied, apply, restore
-from .patching.explanation import Explanation, explain
-from .registry import AttentionCall, Patch
-from .verification import Verification, verify
-
 if TYPE_CHECKING:
+    from . import attention as attention
+    from . import testing as testing
+    from .batch.sequences import PackedSequences
+    from .data.completions import DataCollatorForCompletionOnlyLM
+    from .data.dataset import pack_dataset
+    from .data.flattening import DataCollatorWithFlattening
+    from .data.packing_plan import PackingPlan, plan_packing
+    from .data.preference import DataCollatorForPreference
+    from .data.samplers import TokenBudgetBatchSampler
+    from .data.unpacking import last_tokens, sequence_log_probs, unpack
+    from .errors import LeakError, PadfreeError
     from .integrations.trainer import PaddingFreeCallback
+    from .measure.estimation import Estimate, estimate
+    from .patching import applied, apply, restore
+    from .patching.explanation import Explanation, explain
+    from .registry import AttentionCall, Patch
+    from .verification import Verification, verify
+
+__version__ = "0.1.0"
 
 __all__ = [
     "AttentionCall",
@@ -40,6 +44,7 @@ __all__ = [
     "Patch",
     "TokenBudgetBatchSampler",
     "Verification",
+    "__version__",
     "applied",
     "apply",
     "estimate",
@@ -53,11 +58,40 @@ __all__ = [
     "verify",
 ]
 
+_NAMES = {
+    "batch.sequences": ("PackedSequences",),
+    "data.completions": ("DataCollatorForCompletionOnlyLM",),
+    "data.dataset": ("pack_dataset",),
+    "data.flattening": ("DataCollatorWithFlattening",),
+    "data.packing_plan": ("PackingPlan", "plan_packing"),
+    "data.preference": ("DataCollatorForPreference",),
+    "data.samplers": ("TokenBudgetBatchSampler",),
+    "data.unpacking": ("last_tokens", "sequence_log_probs", "unpack"),
+    "errors": ("LeakError", "PadfreeError"),
+    "integrations.trainer": ("PaddingFreeCallback",),
+    "measure.estimation": ("Estimate", "estimate"),
+    "patching": ("applied", "apply", "restore"),
+    "patching.explanation": ("Explanation", "explain"),
+    "registry": ("AttentionCall", "Patch"),
+    "verification": ("Verification", "verify"),
+}
+"""The public names of each module: what type checkers read above, for running code."""
+
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+_SUBPACKAGES = ("attention", "testing")
+"""Those that the documentation reaches through this module."""
+
 
 def __getattr__(name: str) -> object:
-    """Loads the callback when it is asked for: its base class is in a module that imports the Trainer's arguments."""
-    if name == "PaddingFreeCallback":
-        from .integrations.trainer import PaddingFreeCallback
+    """Loads a public name when it is first used; from then on it is an attribute like any other."""
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
 
-        return PaddingFreeCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

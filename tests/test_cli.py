@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
 
+import padfree_patch
 from padfree_patch import cli
 from padfree_patch.measure.texts import train_tokenizer
 from padfree_patch.registry import registry
@@ -104,8 +108,33 @@ def test_what_cannot_be_used_is_a_line_and_exit_status_2(folder, monkeypatch, ca
     assert error.startswith(("Usage:", "padfree-patch: ")) and (error.count("\n") == 1 or error.startswith("Usage:"))
 
 
-def test_demo_is_a_command():
-    from padfree_patch.demo.command import demo
+def own_process(*arguments):
+    """Runs Python, and returns what it printed and the CPU seconds that it took."""
+    before = os.times()
+    done = subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True)
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    return done.stdout, seconds
 
-    cli.cli.add_command(demo)
-    assert "padded and padding-free" in run("demo", "--help").output
+
+def test_help_is_quick_and_no_summary_is_cut_off():
+    (text, first), (_, second) = (own_process("-m", "padfree_patch", "--help") for _ in range(2))
+    assert min(first, second) < 0.4
+    summaries = text.partition("Commands:")[2].splitlines()
+    assert [line.split()[0] for line in summaries if line] == sorted(cli.cli.commands)
+    assert "..." not in text
+
+
+def test_no_help_imports_torch():
+    program = f"""
+import sys
+from padfree_patch.cli import cli
+for name in {sorted(cli.cli.commands)}:
+    cli([name, "--help"], standalone_mode=False)
+    assert "torch" not in sys.modules, name
+"""
+    assert own_process("-c", program)[0].count("Usage:") == len(cli.cli.commands)
+
+
+def test_version_says_the_version():
+    assert run("--version").output.split()[-1] == padfree_patch.__version__

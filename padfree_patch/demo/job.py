@@ -5,6 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TypedDict
 
+SMALL_MODEL_RATE, MODEL_RATE = 5e-4, 2e-5
+"""Learning rates. Adam amplifies rounding: at 1e-3 the small model's losses come up to 3e-5 apart in 30 steps.
+
+The losses of two padded runs that differ only in the number of pads then come 1e-5 apart. At 5e-4 both distances are
+less than 3e-6 (seeds 0, 1, 2).
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:

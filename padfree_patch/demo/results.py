@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -103,6 +104,10 @@ class Comparison:
                 )
                 break
         return problems
+
+    def as_text(self) -> str:
+        """Gives everything measured as one JSON object."""
+        return json.dumps(self.as_json(), indent=2)
 
     def as_json(self) -> object:
         """Gives everything measured; numbers that JSON cannot hold (nan, inf) become null."""

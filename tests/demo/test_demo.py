@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from padfree_patch.demo import results
-from padfree_patch.demo.command import demo, whole_file
+from padfree_patch.demo.command import demo
+from padfree_patch.demo.compare import whole_file
 
 pytest.importorskip("accelerate")
 

@@ -1,14 +1,17 @@
 """Checks an installed wheel. The nox session `wheel` runs it, away from the repository."""
 
 import importlib
+import json
+import subprocess
 import sys
 from importlib.resources import files
+from pathlib import Path
 
 
-def check_import_loads_no_model_code() -> None:
+def check_import_loads_no_torch() -> None:
     import padfree_patch  # noqa: F401
 
-    loaded = [name for name in sys.modules if name.startswith("transformers.models")]
+    loaded = {"torch", "transformers"} & set(sys.modules)
     assert not loaded, f"import padfree_patch imported {loaded}"
 
 
@@ -34,7 +37,20 @@ def check_apply_stops_the_leak() -> None:
     assert after, after
 
 
+def check_command_line_needs_no_extra() -> None:
+    script = Path(sys.executable).with_name("padfree-patch")
+    for command in ([script], [sys.executable, "-I", "-m", "padfree_patch"]):
+        found = subprocess.run([*command, "verify", "llama", "--tiny", "--json"], capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr
+        assert json.loads(found.stdout)["ok"], found.stdout
+
+
 if __name__ == "__main__":
-    for check in (check_import_loads_no_model_code, check_installed_whole, check_apply_stops_the_leak):
+    for check in (
+        check_import_loads_no_torch,
+        check_installed_whole,
+        check_apply_stops_the_leak,
+        check_command_line_needs_no_extra,
+    ):
         check()
         print(f"wheel: {check.__name__}: ok")
