@@ -18,6 +18,14 @@ def pretrained_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if is_transformers_model(module)]
 
 
+def saved_class(config: Any) -> Any:
+    """Finds the class of transformers that a config says its weights were saved from; None if it names none here."""
+    import transformers
+
+    found = (getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ())
+    return next((cls for cls in found if cls is not None), None)
+
+
 def implementation_of(config: Any) -> str:
     """Returns the attention implementation that a model of this config was loaded with."""
     if getattr(config, "_flash_attn_2_enabled", False):  # before 4.36

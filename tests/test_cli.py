@@ -7,13 +7,20 @@ import os
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 from click.testing import CliRunner
+from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel
 
 import padfree_patch
 from padfree_patch import cli
 from padfree_patch.measure.texts import train_tokenizer
 from padfree_patch.registry import registry
+from padfree_patch.testing import TINY
+
+
+def no_network(*_, **__):
+    raise ConnectionError("no network")
 
 
 def run(*arguments):
@@ -51,8 +58,11 @@ def test_bench_times_a_step():
     assert result.exit_code == 0, result.output
     found = json.loads(result.output)
     assert len(found["lengths"]) == 2
-    assert set(found) == {"lengths", "padding_share", "padded_seconds", "packed_seconds", "ceiling_seconds"}
-    assert min(found[f"{name}_seconds"] for name in ("padded", "packed", "ceiling")) > 0
+    times = {name: found.pop(f"{name}_seconds") for name in ("padded", "packed", "ceiling")}
+    assert min(times.values()) > 0
+    assert found.pop("speedup") == times["padded"] / times["packed"]
+    assert found.pop("ceiling_ratio") == times["ceiling"] / times["packed"]
+    assert set(found) == {"lengths", "padding_share"}
     text = run("bench", "llama", "--tiny", "--steps", "1", "--batch-size", "2").output
     assert "of the ceiling" in text
     assert [line.split()[0] for line in text.splitlines()[1:4]] == ["padded", "padding-free", "ceiling"]
@@ -74,7 +84,44 @@ def folder(tmp_path_factory):
     for name in ("tokenizer", "odd"):
         train_tokenizer(["one two"], vocab_size=300).save_pretrained(place / name)
     (place / "odd" / "tokenizer.json").write_text("{}")
+    config = LlamaConfig(**{**TINY, "num_hidden_layers": 1, "num_labels": 3})
+    LlamaForSequenceClassification(config).save_pretrained(place / "classifier")
+    LlamaModel(config).save_pretrained(place / "decoder")
     return place
+
+
+@pytest.mark.parametrize(("name", "cls"), [("classifier", "LlamaForSequenceClassification"), ("decoder", "LlamaModel")])
+def test_a_model_is_loaded_as_what_it_was_saved_from(folder, name, cls):
+    """A language model made of it would have a random head, which upstream says with a warning."""
+    assert json.loads(run("verify", str(folder / name), "--json").stdout)["model"] == cls
+
+
+def test_bench_gives_no_model_a_random_head(folder):
+    refused = run("bench", str(folder / "classifier")).exception
+    assert isinstance(refused, padfree_patch.PadfreeError)
+    assert "bench trains a language model, and LlamaForSequenceClassification in " in str(refused)
+
+
+def test_what_is_not_there_is_said_before_torch_is_imported(folder):
+    commands = [
+        ["verify", str(folder / "nothing")],
+        ["bench", "nobody/nothing"],
+        estimate_options(folder, **{"--tokenizer": folder / "nothing"}),
+    ]
+    program = f"""
+import sys
+from padfree_patch.cli import cli
+from padfree_patch.errors import PadfreeError
+for command in {commands}:
+    try:
+        cli(command, standalone_mode=False)
+    except PadfreeError as error:
+        print(error)
+    assert "torch" not in sys.modules
+"""
+    text, seconds = own_process("-c", program)
+    assert text.count("there is no such folder") == len(commands)
+    assert seconds < 2
 
 
 def estimate_options(folder, **changed):
@@ -88,17 +135,20 @@ def estimate_options(folder, **changed):
         (lambda folder: estimate_options(folder, **{"--data": "a\0b"}), "embedded null byte"),
         (lambda folder: estimate_options(folder, **{"--data": folder / "nothing"}), "nothing' cannot be read as JSON"),
         (lambda folder: estimate_options(folder, **{"--tokenizer": folder / "odd"}), "no tokenizer can be loaded from"),
-        (lambda folder: estimate_options(folder, **{"--tokenizer": folder / "nothing"}), "no tokenizer can be loaded"),
+        (lambda folder: estimate_options(folder, **{"--tokenizer": folder / "nothing"}), "there is no such folder"),
         (lambda folder: estimate_options(folder, **{"--max-length": 0}), "0 is not in the range x>=1"),
         (lambda _: ["bench", "--tiny", "llama", "--steps", "0"], "0 is not in the range x>=1"),
         (lambda _: ["bench", "--tiny", "llama", "--batch-size", "0"], "0 is not in the range x>=1"),
-        (lambda folder: ["verify", str(folder / "nothing")], "no causal language model can be loaded from"),
-        (lambda folder: ["explain", str(folder / "data.jsonl")], "no causal language model can be loaded from"),
-        (lambda _: ["verify", "a\0b"], "no causal language model can be loaded from"),
+        (lambda folder: ["verify", str(folder / "nothing")], "there is no such folder"),
+        (lambda folder: ["explain", str(folder / "data.jsonl")], "it is a file, not a folder"),
+        (lambda folder: ["explain", str(folder)], "no model can be loaded from"),
+        (lambda _: ["verify", "a\0b"], "nothing on the hub can have this name"),
+        (lambda _: ["bench", "nobody/nothing"], "the hub can't be asked: ConnectionError: no network"),
         (lambda _: ["verify", "--tiny", "llama", "--attn", "nope"], "no tiny llama can be made for --attn nope"),
     ],
 )
 def test_what_cannot_be_used_is_a_line_and_exit_status_2(folder, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", no_network)
     monkeypatch.setattr("sys.argv", ["padfree-patch", *arguments(folder)])
     with pytest.raises(SystemExit) as caught:
         cli.main()
@@ -111,7 +161,8 @@ def test_what_cannot_be_used_is_a_line_and_exit_status_2(folder, monkeypatch, ca
 def own_process(*arguments):
     """Runs Python, and returns what it printed and the CPU seconds that it took."""
     before = os.times()
-    done = subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True, env=environment)
     after = os.times()
     seconds = after.children_user + after.children_system - before.children_user - before.children_system
     return done.stdout, seconds
@@ -122,7 +173,7 @@ def test_help_is_quick_and_no_summary_is_cut_off():
     assert min(first, second) < 0.4
     summaries = text.partition("Commands:")[2].splitlines()
     assert [line.split()[0] for line in summaries if line] == sorted(cli.cli.commands)
-    assert "..." not in text
+    assert not [line for line in summaries if line.endswith("...")]
 
 
 def test_no_help_imports_torch():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ..foreign import explained
+from ..foreign import check_there, explained
 from .output import json_option, print_result
 
 
@@ -27,13 +27,15 @@ def estimate(
     data: Path, tokenizer: str, batch_size: int, max_length: int, fields: tuple[str, ...], as_json: bool
 ) -> None:
     """Say what padding costs on your own data; loads no model."""
-    from transformers import AutoTokenizer
-
+    what = f"no tokenizer can be loaded from {tokenizer!r}"
+    check_there(tokenizer, what)
     from ..measure.estimation import estimate
     from ..measure.texts import FIELDS, read_texts, tokenise
 
     texts = read_texts(data, fields or FIELDS)
-    with explained(f"no tokenizer can be loaded from {tokenizer!r}"):
+    with explained(what):
+        from transformers import AutoTokenizer
+
         loaded = AutoTokenizer.from_pretrained(tokenizer)
     with explained(f"the tokenizer in {tokenizer!r} fails on the texts of {data}"):
         lengths = [len(ids) for ids in tokenise(texts, loaded, max_length=max_length)]

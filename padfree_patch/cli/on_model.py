@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import click
 
 from ..errors import PadfreeError
-from ..foreign import explained
+from .loading import load
 from .output import json_option, print_result
 
 
@@ -17,7 +16,7 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command the options --tiny, --attn and --json, and the argument MODEL."""
     for decorate in (
         json_option,
-        click.option("--attn", default="sdpa", show_default=True, help="Attention implementation to load it with."),
+        click.option("--attn", help="Attention implementation to load it with.  [default: what transformers chooses]"),
         click.option("--tiny", is_flag=True, help="MODEL is a model type; build a tiny random one."),
         click.argument("model"),
     ):
@@ -27,14 +26,15 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.command()
 @model_options
-def explain(model: str, tiny: bool, attn: str, as_json: bool) -> None:
+def explain(model: str, tiny: bool, attn: str | None, as_json: bool) -> None:
     """Say what upstream does with packed rows, and what apply changes.
 
     MODEL is a folder or a name on the hub. Exit code 1 if apply refuses it.
     """
+    loaded = load(model, tiny, attn)
     from ..patching.explanation import explain
 
-    explanation = explain(load(model, tiny, attn))
+    explanation = explain(loaded)
     print_result(explanation, as_json)
     sys.exit(1 if explanation.refused else 0)
 
@@ -42,15 +42,15 @@ def explain(model: str, tiny: bool, attn: str, as_json: bool) -> None:
 @click.command()
 @click.option("--unpatched", is_flag=True, help="Check upstream alone, without apply.")
 @model_options
-def verify(model: str, tiny: bool, attn: str, as_json: bool, unpatched: bool) -> None:
+def verify(model: str, tiny: bool, attn: str | None, as_json: bool, unpatched: bool) -> None:
     """Prove on your model that packed examples do not mix.
 
     MODEL is a folder or a name on the hub; apply patches it first. Exit code 1 if its examples mix.
     """
+    loaded = load(model, tiny, attn)
     from ..patching import apply
     from ..verification import verify
 
-    loaded = load(model, tiny, attn)
     result = verify(loaded if unpatched else apply(loaded, verify=False))
     print_result(result, as_json)
     sys.exit(0 if result.ok else 1)
@@ -60,31 +60,16 @@ def verify(model: str, tiny: bool, attn: str, as_json: bool, unpatched: bool) ->
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Examples per step.")
 @click.option("--steps", default=5, show_default=True, type=click.IntRange(min=1), help="Timed steps of each kind.")
 @model_options
-def bench(model: str, tiny: bool, attn: str, as_json: bool, batch_size: int, steps: int) -> None:
+def bench(model: str, tiny: bool, attn: str | None, as_json: bool, batch_size: int, steps: int) -> None:
     """Time a training step: padded, padding-free, and the ceiling.
 
     MODEL is a folder or a name on the hub. The ceiling is as many tokens in rows of one length.
     """
+    loaded = load(model, tiny, attn)
     from ..measure.step import bench_step
 
-    print_result(bench_step(load(model, tiny, attn), batch_size=batch_size, steps=steps), as_json)
-
-
-def load(model: str, tiny: bool, attn: str) -> Any:
-    """Loads a model, or builds a tiny random one of a type that has a patch.
-
-    Raises PadfreeError if that fails.
-    """
-    if tiny:
-        from ..registry import registry
-        from ..testing import tiny_model
-
-        patch = registry().get(model)
-        if patch is None:
-            raise PadfreeError(f"no patch for {model!r}; there are {', '.join(registry().model_types())}")
-        with explained(f"no tiny {model} can be made for --attn {attn}"):
-            return tiny_model(patch, attn)
-    from transformers import AutoModelForCausalLM
-
-    with explained(f"no causal language model can be loaded from {model!r} for --attn {attn}"):
-        return AutoModelForCausalLM.from_pretrained(model, attn_implementation=attn)
+    if loaded.get_output_embeddings() is None:
+        raise PadfreeError(
+            f"bench trains a language model, and {type(loaded).__name__} in {model!r} has no head for it"
+        )
+    print_result(bench_step(loaded, batch_size=batch_size, steps=steps), as_json)

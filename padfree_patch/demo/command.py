@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ..errors import PadfreeError
+from ..foreign import check_there
 from .job import MODEL_RATE, SMALL_MODEL_RATE
 
 NEEDED = ("accelerate", "matplotlib", "rich")
@@ -23,8 +24,8 @@ NEEDED = ("accelerate", "matplotlib", "rich")
     type=Path,
     help="JSON lines with prompt and completion, plain or .gz.  [default: the bundled instructions]",
 )
-@click.option("--steps", type=click.IntRange(min=2), default=30, show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--steps", type=click.IntRange(min=2), default=30, show_default=True, help="Of each run.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Examples per step.")
 @click.option(
     "--max-length",
     type=click.IntRange(min=2),
@@ -36,9 +37,15 @@ NEEDED = ("accelerate", "matplotlib", "rich")
 @click.option(
     "--learning-rate",
     type=click.FloatRange(min=0, max=1),
-    help=f"[default: {SMALL_MODEL_RATE:g}, with --model {MODEL_RATE:g}]",
+    help=f"Of AdamW, constant.  [default: {SMALL_MODEL_RATE:g}, with --model {MODEL_RATE:g}]",
 )
-@click.option("--threads", type=click.IntRange(min=1), default=min(2, os.cpu_count() or 1), show_default=True)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=min(2, os.cpu_count() or 1),
+    show_default=True,
+    help="Of each run, which has the CPU to itself.",
+)
 @click.option(
     "--seed",
     type=click.IntRange(min=0, max=2**32 - 1),
@@ -65,10 +72,12 @@ def demo(as_json: bool, **options: Any) -> None:
     """
     if missing := [package for package in NEEDED if find_spec(package) is None]:
         raise click.ClickException(f"the demo needs {' and '.join(missing)}: pip install 'padfree_patch[demo]'")
-    from . import compare  # which imports torch: not for --help
-
-    output: Path = options["output"]
+    model, output = options["model"], options["output"]
     try:
+        if model is not None:
+            check_there(model, f"--model {model!r} cannot be used")
+        from . import compare  # which imports torch: not for --help
+
         comparison = compare.compare(compare.Settings(**options))
     except PadfreeError as error:
         raise Unusable(str(error)) from error

@@ -133,6 +133,7 @@ def prepare(job: Job, texts: list[str], settings: Settings) -> None:
         tokenizer = train_tokenizer(texts, vocab_size=start.VOCABULARY)
         start.make_small_llama(Path(job.model), tokenizer, seed=settings.seed)
     else:
+        start.check_language_model(settings.model)
         tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
     config = start.load_config(job.model, layers=job.layers)
     positions, max_length = getattr(config, "max_position_embeddings", None), settings.max_length

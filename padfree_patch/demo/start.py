@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PadfreeError
+from ..models import saved_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +53,16 @@ def load_config(name: str | os.PathLike[str], *, layers: int | None) -> Any:
         if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
             setattr(config, key, 0.0)
     return config
+
+
+def check_language_model(name: str | os.PathLike[str]) -> None:
+    """Raises PadfreeError for a model of another kind: loaded as a language model, it would get a random head."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    cls = saved_class(transformers.AutoConfig.from_pretrained(name))
+    if cls is not None and cls.__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise PadfreeError(f"--model {str(name)!r}: it is a {cls.__name__}, the demo trains causal language models")
 
 
 def load_model(name: str | os.PathLike[str], *, layers: int | None) -> PreTrainedModel:

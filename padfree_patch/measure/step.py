@@ -56,9 +56,10 @@ class StepBench:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, object]:
-        """Gives every field, ready for JSON; the seconds of padding-free have their older name, `packed_seconds`."""
+        """Gives every field and the ratios, ready for JSON; padding-free's seconds have the name `packed_seconds`."""
         names = {"padding_free_seconds": "packed_seconds"}
-        return {names.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+        fields = {names.get(name, name): value for name, value in dataclasses.asdict(self).items()}
+        return fields | {"speedup": self.speedup, "ceiling_ratio": self.ceiling_ratio}
 
 
 def bench_step(model: Any, *, batch_size: int = 8, steps: int = 5) -> StepBench:

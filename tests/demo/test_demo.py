@@ -82,7 +82,7 @@ def test_unreadable_data_says_which_line(tmp_path):
         (lambda folder: {"--output": folder / "file" / "below"}, "is no folder that can be written to"),
         (lambda folder: {"--output": "a\0b"}, "is no folder that can be written to: embedded null byte"),
         (lambda folder: {"--data": "a\0b"}, "embedded null byte"),
-        (lambda folder: {"--model": folder / "nothing"}, "nothing' cannot be used: "),
+        (lambda folder: {"--model": folder / "nothing"}, "nothing' cannot be used: there is no such folder"),
         (lambda folder: {"--seed": "-1"}, "-1 is not in the range"),
         (lambda folder: {"--steps": "0"}, "0 is not in the range"),
     ],
