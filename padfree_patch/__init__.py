@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .data.preference import DataCollatorForPreference
     from .data.samplers import TokenBudgetBatchSampler
     from .data.unpacking import last_tokens, sequence_log_probs, unpack
+    from .door.hooks import Autopatch, autopatch
     from .errors import LeakError, PadfreeError
     from .integrations.trainer import PaddingFreeCallback
     from .measure.estimation import Estimate, estimate
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionCall",
+    "Autopatch",
     "DataCollatorForCompletionOnlyLM",
     "DataCollatorForPreference",
     "DataCollatorWithFlattening",
@@ -47,6 +49,7 @@ __all__ = [
     "__version__",
     "applied",
     "apply",
+    "autopatch",
     "estimate",
     "explain",
     "last_tokens",
@@ -67,6 +70,7 @@ _NAMES = {
     "data.preference": ("DataCollatorForPreference",),
     "data.samplers": ("TokenBudgetBatchSampler",),
     "data.unpacking": ("last_tokens", "sequence_log_probs", "unpack"),
+    "door.hooks": ("Autopatch", "autopatch"),
     "errors": ("LeakError", "PadfreeError"),
     "integrations.trainer": ("PaddingFreeCallback",),
     "measure.estimation": ("Estimate", "estimate"),

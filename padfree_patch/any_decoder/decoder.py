@@ -13,13 +13,8 @@ from ..models import pretrained_modules
 
 def check_decoder(model: nn.Module) -> None:
     """Raises PadfreeError for an encoder, an encoder-decoder or any model that is not causal, with what was found."""
-    outermost: Any = pretrained_modules(model)[0]
-    who = f"{type(outermost).__name__} (model type {outermost.config.model_type!r})"
-    if getattr(outermost.config, "is_encoder_decoder", False):
-        raise PadfreeError(
-            f"{who} is an encoder-decoder (is_encoder_decoder of its config is True): its decoder reads another text, "
-            "of which a packed row would have several; train it on padded batches"
-        )
+    check_reads_one_text(model)
+    who = _described(model)
     try:
         seen = verification.sees_later_tokens(model)
     except PadfreeError:
@@ -34,3 +29,18 @@ def check_decoder(model: nn.Module) -> None:
             f"{who} is not causal: alone and unpatched, an example's first tokens change by {seen:.2g} when a later "
             "one does. Packed attention is causal; train it on padded batches"
         )
+
+
+def check_reads_one_text(model: nn.Module) -> None:
+    """Raises PadfreeError for an encoder-decoder. Runs nothing."""
+    outermost: Any = pretrained_modules(model)[0]
+    if getattr(outermost.config, "is_encoder_decoder", False):
+        raise PadfreeError(
+            f"{_described(model)} is an encoder-decoder (is_encoder_decoder of its config is True): its decoder reads "
+            "another text, of which a packed row would have several; train it on padded batches"
+        )
+
+
+def _described(model: nn.Module) -> str:
+    outermost: Any = pretrained_modules(model)[0]
+    return f"{type(outermost).__name__} (model type {outermost.config.model_type!r})"

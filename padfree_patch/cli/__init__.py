@@ -1,4 +1,4 @@
-"""The command line: `padfree-patch`, or `python -m padfree_patch`. Each command takes --json.
+"""The command line: `padfree-patch`, or `python -m padfree_patch`. Each command but `run` takes --json.
 
 A file here has the commands of one kind. It imports torch and transformers only inside them, so that --help is quick.
 """
@@ -11,12 +11,13 @@ import click
 
 from .. import __version__
 from ..demo.command import demo
+from ..door.command import run
 from ..errors import PadfreeError
 from .on_data import estimate
 from .on_model import bench, explain, verify
 from .registered import list_patches
 
-COMMANDS = (explain, verify, bench, estimate, demo, list_patches)
+COMMANDS = (explain, verify, bench, estimate, run, demo, list_patches)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -19,7 +19,7 @@ from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import installed
 from .found import apply_found
 from .later import verify_later
-from .plan import count_layers, opt_in, plan
+from .plan import enter_patch
 from .state import State, remove_unused
 
 __all__ = ["IMPLEMENTATIONS", "applied", "apply", "is_applied", "places", "restore", "way_of"]
@@ -97,9 +97,7 @@ def places(model: nn.Module) -> tuple[str, ...]:
 
 def _apply_patch(model: nn.Module, patch: Patch, before: State, backend: str, *, verify: bool) -> bool:
     """Patches a model with a registered patch; returns whether it could be checked."""
-    planned = plan(model, patch)
-    opt_in(planned, before.opt_ins, backend)
-    count_layers(planned, patch)
+    enter_patch(model, patch, before.opt_ins, backend)
     verified = verify and _verify(patch, model)
     _report_if_untested(patch, verified=verified)
     return verified

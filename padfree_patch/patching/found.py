@@ -7,7 +7,7 @@ import logging
 from torch import nn
 
 from .. import verification
-from ..any_decoder.decoder import check_decoder
+from ..any_decoder.decoder import check_decoder, check_reads_one_text
 from ..any_decoder.way import Way, ways_of
 from ..errors import PadfreeError
 from ..models import pretrained_modules
@@ -56,6 +56,23 @@ def apply_found(model: nn.Module, before: State, backend: str, *, verify: bool) 
         f"keeps its examples apart; it was put back as it was{_registered_inside(model)}. Tried:\n"
         + "\n".join(failures)
     )
+
+
+def enter_first_way(model: nn.Module, before: State, backend: str) -> None:
+    """Patches a model in the first way that would be tried, and runs nothing: whoever calls this verifies it later.
+
+    Raises PadfreeError if no way can be right: the model reads two texts, or nothing in it can be entered.
+    """
+    before.take_off()
+    check_reads_one_text(model)
+    way = ways_of(model)[0]
+    if not (way.models and (way.fast or way.split)):
+        name = type(pretrained_modules(model)[0]).__name__
+        raise PadfreeError(f"{name}: no patch is registered for it, and nothing in it takes tokens and a mask")
+    opt_in(plan_way(model, way), {}, backend)
+    _describe(model, way)
+    for mine in OptIn.all_in(model).values():
+        mine.trying = False
 
 
 def _registered_inside(model: nn.Module) -> str:

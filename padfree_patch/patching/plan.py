@@ -67,3 +67,10 @@ def count_layers(planned: Plan, patch: Patch) -> None:
     for decoder in planned.modules:
         if (mine := OptIn.of(decoder)) and patch.is_decoder(decoder):
             mine.layers = len(patched_layers(decoder, patch))
+
+
+def enter_patch(model: nn.Module, patch: Patch, already: dict[nn.Module, OptIn], backend: str) -> None:
+    """Plans and patches a model with a registered patch; raises PadfreeError, with nothing changed, if that fails."""
+    planned = plan(model, patch)
+    opt_in(planned, already, backend)
+    count_layers(planned, patch)

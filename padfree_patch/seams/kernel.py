@@ -24,6 +24,7 @@ from .kinds import check_causal
 from .stand_in import Recipe
 
 _recorded: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("padfree_patch_windows", default=None)
+_backends: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("padfree_patch_backends", default=None)
 
 
 class PackedKernel:
@@ -87,6 +88,8 @@ class PackedKernel:
         wide = max(head_dim, of_values) + (BIAS_CHANNELS if self.key_bias is not None else 0)
         needs = attention.Needs(q.device.type, result_dtype, wide, window=window, softcap=softcap, dropout=dropout)
         backend = attention.select(needs, self._backend)
+        if (backends := _backends.get()) is not None:
+            backends.add(backend.NAME)
         dtype = _working_dtype(backend, needs, q, k, v)
         q, k, v = (x.to(dtype) for x in (q, k, v))
         if self.key_bias is not None:
@@ -121,6 +124,17 @@ def recording_windows() -> Iterator[list[int]]:
         yield windows
     finally:
         _recorded.reset(token)
+
+
+@contextmanager
+def recording_backends() -> Iterator[set[str]]:
+    """Collects the names of the backends that answer kernel calls from here on, in this thread."""
+    backends: set[str] = set()
+    token = _backends.set(backends)
+    try:
+        yield backends
+    finally:
+        _backends.reset(token)
 
 
 def _working_dtype(backend: attention.Backend, needs: attention.Needs, *tensors: Tensor) -> torch.dtype:

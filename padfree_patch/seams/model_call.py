@@ -163,6 +163,8 @@ def check_what_is_new(module: nn.Module) -> None:
 
 def _is_new(module: nn.Module, opt_in: OptIn, adapters: Adapters) -> bool:
     """Whether something was not checked; weights that were not there before are waited for until they are trained."""
+    if opt_in.unproven:
+        return True
     return module.training and torch.is_grad_enabled() if opt_in.pending else opt_in.must_check(adapters)
 
 

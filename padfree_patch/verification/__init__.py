@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from ..models import pretrained_modules
 from ..registry import registry
+from .dtypes import autocast_around
 from .probe import LENGTHS, TOLERANCE_EPS, Probe, largest
 from .result import Verification
 from .untouched import untouched, unwrapped, why_it_cannot_run
@@ -28,6 +30,7 @@ __all__ = [
     "run_packed",
     "sees_later_tokens",
     "verify",
+    "verify_as_it_trains",
     "why_it_cannot_run",
     "why_nothing_shows",
 ]
@@ -47,12 +50,21 @@ def verify(model: nn.Module) -> Verification:
     Returns the figures; nothing is raised for a leak. Weights on the meta device or sharded over processes can't be
     run: then `skipped` says so.
     """
+    return _verified(model, None)
+
+
+def verify_as_it_trains(model: nn.Module) -> Verification:
+    """Does what `verify` does under the autocast that is on where it is called, with the backends that it leads to."""
+    return _verified(model, autocast_around(model))
+
+
+def _verified(model: nn.Module, autocast: AbstractContextManager[object] | None) -> Verification:
     models = pretrained_modules(model)
     name = type(models[0] if models else model).__name__
     if reason := why_it_cannot_run(model):
         return Verification(model=name, skipped=reason)
     with untouched(model), torch.inference_mode(False), torch.enable_grad():
-        return _measure(name, model, Probe(unwrapped(model)))
+        return _measure(name, model, Probe(unwrapped(model), autocast))
 
 
 def _measure(name: str, model: nn.Module, probe: Probe) -> Verification:

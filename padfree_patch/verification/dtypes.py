@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -29,3 +30,13 @@ class Dtypes(TorchFunctionMode):
         if isinstance(result, Tensor) and result.requires_grad:
             self.seen.add(result.dtype)
         return result
+
+
+def autocast_around(model: nn.Module) -> AbstractContextManager[object] | None:
+    """Returns the autocast that is on now for the device of a model; None if it is off."""
+    device_type = next(model.parameters()).device.type
+    try:
+        on, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    except (AttributeError, TypeError):  # before torch 2.4
+        on, dtype = device_type == "cuda" and torch.is_autocast_enabled(), torch.get_autocast_gpu_dtype()
+    return torch.autocast(device_type, dtype) if on else None

@@ -34,14 +34,16 @@ class Probe:
     rewrites the weights, so that they can't be trained any more.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, autocast: AbstractContextManager[object] | None = None):
+        """Takes the model, and the autocast to run it under; None for one only if the model can't run without."""
         outermost = pretrained_modules(model)[0]
         self.model = cast(nn.Module, outermost.base_model) if needs_rows(outermost) else model
         self._entry = Entry(self.model, outermost)
         self.a, self.b, self.other_a = self._entry.random_texts(*LENGTHS, LENGTHS[0])
         self.positions = torch.cat([torch.arange(n, device=self.a.device) for n in LENGTHS]).unsqueeze(0)
-        self.autocast: AbstractContextManager[object] = nullcontext()
-        self.autocast = self._autocast_if_needed(self.a.device.type)
+        self.autocast: AbstractContextManager[object] = autocast or nullcontext()
+        if autocast is None:
+            self.autocast = self._autocast_if_needed(self.a.device.type)
 
     def _autocast_if_needed(self, device_type: str) -> AbstractContextManager[object]:
         """Chooses autocast for norms in float32 beside weights in bfloat16: trained, and so run, under it."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +34,28 @@ def why_it_cannot_run(model: nn.Module) -> str | None:
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             return f"parameter {name} is on the meta device"
-        if hasattr(parameter, "device_mesh") or (parameter.numel() == 0 and hasattr(parameter, "ds_shape")):
+        if _is_shard(parameter):
             return f"parameter {name} is sharded over processes"
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+    if _holds_fsdp(model):
         return "the model is sharded over processes (FSDP)"
     return None
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the weights of a model are spread over processes, also while FSDP runs the model inside of itself.
+
+    There FSDP has put plain tensors in the place of the parameters, so that the embedding has none.
+    """
+    embedding = cast(Callable[[], nn.Module], pretrained_modules(model)[0].get_input_embeddings)()
+    return _holds_fsdp(model) or any(map(_is_shard, model.parameters())) or not any(True for _ in embedding.parameters())
+
+
+def _holds_fsdp(model: nn.Module) -> bool:
+    return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+
+
+def _is_shard(parameter: Tensor) -> bool:
+    return hasattr(parameter, "device_mesh") or (parameter.numel() == 0 and hasattr(parameter, "ds_shape"))
 
 
 @contextmanager

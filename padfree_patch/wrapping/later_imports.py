@@ -47,3 +47,14 @@ class Watch(importlib.abc.MetaPathFinder):
             self._imported(module.__name__)
 
         loader.exec_module = exec_module
+
+
+def when_imported(name: str, then: Callable[[types.ModuleType], None]) -> None:
+    """Calls a function with a module once it was executed: now if it is imported, or as soon as somebody imports it.
+
+    What the function raises, that import raises. wrapt's import hooks wait for it; its one finder then stays in
+    `sys.meta_path`, and passes on every name that nobody waits for.
+    """
+    from wrapt import register_post_import_hook
+
+    register_post_import_hook(then, name)

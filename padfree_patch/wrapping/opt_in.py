@@ -51,6 +51,8 @@ class OptIn:
         None if `apply` was to check nothing."""
         self.pending = False
         """Whether the model could not be checked yet as it was when it was patched."""
+        self.unproven = False
+        """Whether nothing has shown yet that the way in which the model was patched is right."""
         self.checked: tuple[Adapters, ...] = ()
         """The active adapters, each time that they were checked. Never changed in place: `State` keeps what it was."""
         self.being_checked = False
@@ -80,7 +82,7 @@ class OptIn:
         """Notes that a model was checked as it is now, with the adapters that each of its modules has."""
         there = [adapters_of(module) for module in model.modules()]
         for opt_in in OptIn.all_in(model).values():
-            opt_in.pending = False
+            opt_in.pending = opt_in.unproven = False
             for adapters in there:
                 if opt_in.must_check(adapters):
                     opt_in.checked = (*opt_in.checked, adapters)
@@ -107,14 +109,14 @@ class OptIn:
     def __deepcopy__(self, memo: dict[int, Any]) -> OptIn:
         twin = OptIn(self.model_type, self.backend, self.seams, self.layers)
         twin.check, twin.pending, twin.checked = self.check, self.pending, copy.deepcopy(self.checked, memo)
-        twin.way, twin.not_recomputed = self.way, self.not_recomputed
+        twin.way, twin.not_recomputed, twin.unproven = self.way, self.not_recomputed, self.unproven
         twin.reads_first_label = self.reads_first_label
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         seams = tuple(seam.by_name() for seam in self.seams)
         saved_with = str(versions.transformers_version())
-        kept = ("check", "pending", "way", "not_recomputed", "reads_first_label")
+        kept = ("check", "pending", "unproven", "way", "not_recomputed", "reads_first_label")
         state = {name: getattr(self, name) for name in kept}
         return _unpickle, (self.model_type, self.backend, seams, self.layers, saved_with), state
 

@@ -1,0 +1,120 @@
+"""What the training batches of a decoder show, on their way in: whether the run is packed, and whether it may be."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batch.lengths import LENGTH_ARGUMENTS
+from ..batch.packed_batch import PackedBatch, read_batch
+from ..batch.shapes import isolates
+from ..errors import PadfreeError
+from ..seams.full_rows import settle
+from ..seams.model_call import tokens_of
+from ..wrapping.opt_in import OptIn
+from .advice import what_to_switch_on
+from .say import say
+
+PATIENCE = 10
+"""Training forwards without a second sequence after which it is said."""
+
+
+@dataclasses.dataclass
+class Watch:
+    """A forward pre-hook of a decoder. It is copied and pickled with it."""
+
+    who: str
+    """The model around the decoder, for people."""
+    strict: bool
+    refusal: str = ""
+    """Why the model was left alone; empty if it was patched."""
+    forwards: int = 0
+    padded: bool = False
+    """Whether a mask of these has shown padding."""
+    lengths: set[int] = dataclasses.field(default_factory=set)
+    """Tokens of a row in these; two values are enough to know that they differ."""
+    settled: bool = False
+    """Whether there is nothing to look for any more."""
+
+    @torch.compiler.disable
+    def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Looks at a call.
+
+        Raises PadfreeError if it is a packed row for a model that was left alone, and `strict` is on.
+        """
+        if self.settled or not decoder.training or not torch.is_grad_enabled():
+            return
+        arguments = {**kwargs, "input_ids": args[0]} if args else kwargs
+        tokens = tokens_of(arguments)
+        if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+            return
+        packed = _batch_of(arguments, tokens) is not None
+        if OptIn.of(decoder) is not None:
+            self._look_at_patched(packed, tokens, arguments.get("attention_mask"))
+        elif self.refusal and packed and not isolates(arguments.get("attention_mask"), tokens.shape[:2]):
+            self._refuse()
+
+    def _look_at_patched(self, packed: bool, tokens: Tensor, mask: object) -> None:
+        if packed or isolates(mask, (int(tokens.shape[0]), int(tokens.shape[1]))):
+            self.settled = True
+            return
+        self.forwards += 1
+        self.padded |= isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask == 0).any())
+        if len(self.lengths) < 2:
+            self.lengths.add(int(tokens.shape[1]))
+        if self.forwards == PATIENCE:
+            self.settled = True
+            full_rows = not self.padded and len(self.lengths) == 1
+            say(f"{self.who}: {PATIENCE} training batches, and {what_to_switch_on(full_rows=full_rows)}")
+
+    def _refuse(self) -> None:
+        text = (
+            f"{self.who} was left unpatched, and is now trained on a packed row, whose examples would mix: "
+            f"{self.refusal}"
+        )
+        if self.strict:
+            raise PadfreeError(
+                f"{text}. Train it on rows of one example, or pass --allow-unpatched to padfree-patch run "
+                "(strict=False to autopatch)"
+            )
+        self.settled = True
+        warnings.warn(f"padfree_patch: {text}. Train it on rows of one example", stacklevel=2)
+
+
+def _batch_of(arguments: dict[str, Any], tokens: Tensor) -> PackedBatch | None:
+    """Returns the packed batch of a call; None too for what upstream may know how to read."""
+    try:
+        return read_batch(
+            (int(tokens.shape[0]), int(tokens.shape[1])),
+            tokens.device,
+            position_ids=arguments.get("position_ids"),
+            attention_mask=arguments.get("attention_mask"),
+            lengths={name: arguments[name] for name in LENGTH_ARGUMENTS if arguments.get(name) is not None},
+        )
+    except PadfreeError:
+        return None
+
+
+def watch(model: nn.Module, *, strict: bool, refusal: str = "") -> None:
+    """Has the decoder of a model watched, in place of whoever watched it before.
+
+    The decoder, because PEFT calls the forward of the model around it past its hooks.
+    """
+    decoder: Any = getattr(model, "base_model", model)
+    hooks = decoder._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, Watch)]:
+        del hooks[key]
+        decoder._forward_pre_hooks_with_kwargs.pop(key, None)
+    if not refusal:
+        settle(model)  # what it would say of full rows is said here, with the tool's name
+    decoder.register_forward_pre_hook(Watch(type(model).__name__, strict, refusal), with_kwargs=True)
+
+
+def is_watched(model: nn.Module) -> bool:
+    """Whether a model came through the door before."""
+    decoder: Any = getattr(model, "base_model", model)
+    return any(isinstance(hook, Watch) for hook in decoder._forward_pre_hooks.values())
