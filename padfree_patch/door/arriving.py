@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..models import is_transformers_model, pretrained_modules
@@ -32,7 +34,7 @@ def patched(model: nn.Module, options: Options) -> bool:
 def leave_alone(model: nn.Module, options: Options, reason: Exception) -> None:
     """Takes every patch off a model that can't be patched, says why, and has its training batches watched."""
     restore(model)
-    outermost = pretrained_modules(model)[0]
+    outermost: Any = pretrained_modules(model)[0]
     first, *_ = str(reason).splitlines() or [repr(reason)]
     say(f"{type(outermost).__name__} ({outermost.config.model_type}) is left unpatched: {first}")
     watch(outermost, strict=options.strict, refusal=first)

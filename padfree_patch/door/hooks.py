@@ -108,26 +108,25 @@ class _Hook:
     """A method of a class, with something of ours around it."""
 
     def __init__(self, owner: type, name: str, around: _Around):
-        self._owner, self._name, self._around = owner, name, around
+        self._owner, self._name = owner, name
+        self._around: _Around | None = around
         self._own = own = vars(owner)[name]
+        of_class = isinstance(own, classmethod)
 
-        def function(self_or_class: Any, *args: Any, **kwargs: Any) -> Any:
-            original = functools.partial(own.__get__(*_bound_to(own, self_or_class)), *args, **kwargs)
-            return original() if self._around is None else self._around(original, self_or_class)
+        def function(given: Any, *args: Any, **kwargs: Any) -> Any:
+            bound = own.__get__(None, given) if of_class else own.__get__(given)
+            call = functools.partial(bound, *args, **kwargs)
+            return call() if self._around is None else self._around(call, given)
 
         self._function = functools.update_wrapper(function, getattr(own, "__func__", own))
-        setattr(owner, name, classmethod(function) if isinstance(own, classmethod) else function)
+        setattr(owner, name, classmethod(function) if of_class else function)
 
     def remove(self) -> None:
         """Puts back what was there, unless somebody has wrapped ours since: then theirs stays, and ours passes on."""
+        self._around = None
         there = vars(self._owner).get(self._name)
-        self._around: _Around | None = None
         if getattr(there, "__func__", there) is self._function:
             setattr(self._owner, self._name, self._own)
-
-
-def _bound_to(own: object, given: Any) -> tuple[Any, type]:
-    return (None, given) if isinstance(own, classmethod) else (given, type(given))
 
 
 def autopatch(*, backend: str = "auto", strict: bool = True) -> Autopatch:

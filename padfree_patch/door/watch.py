@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch.lengths import LENGTH_ARGUMENTS
-from ..batch.packed_batch import PackedBatch, read_batch
+from ..batch.packed_batch import read_batch
 from ..batch.shapes import isolates
 from ..errors import PadfreeError
 from ..seams.full_rows import settle
@@ -52,16 +52,17 @@ class Watch:
         tokens = tokens_of(arguments)
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             return
-        packed = _batch_of(arguments, tokens) is not None
-        if OptIn.of(decoder) is not None:
-            self._look_at_patched(packed, tokens, arguments.get("attention_mask"))
-        elif self.refusal and packed and not isolates(arguments.get("attention_mask"), tokens.shape[:2]):
-            self._refuse()
-
-    def _look_at_patched(self, packed: bool, tokens: Tensor, mask: object) -> None:
-        if packed or isolates(mask, (int(tokens.shape[0]), int(tokens.shape[1]))):
+        shape, mask = (int(tokens.shape[0]), int(tokens.shape[1])), arguments.get("attention_mask")
+        packed, isolated = _is_packed(arguments, shape, tokens.device), isolates(mask, shape)
+        if OptIn.of(decoder) is None:
+            if self.refusal and packed and not isolated:
+                self._refuse()
+        elif packed or isolated:
             self.settled = True
-            return
+        else:
+            self._count(tokens, mask)
+
+    def _count(self, tokens: Tensor, mask: object) -> None:
         self.forwards += 1
         self.padded |= isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask == 0).any())
         if len(self.lengths) < 2:
@@ -85,18 +86,19 @@ class Watch:
         warnings.warn(f"padfree_patch: {text}. Train it on rows of one example", stacklevel=2)
 
 
-def _batch_of(arguments: dict[str, Any], tokens: Tensor) -> PackedBatch | None:
-    """Returns the packed batch of a call; None too for what upstream may know how to read."""
+def _is_packed(arguments: dict[str, Any], shape: tuple[int, int], device: torch.device) -> bool:
+    """Whether a call has a packed row. One that contradicts itself has none that an unpatched model would mix."""
     try:
-        return read_batch(
-            (int(tokens.shape[0]), int(tokens.shape[1])),
-            tokens.device,
+        batch = read_batch(
+            shape,
+            device,
             position_ids=arguments.get("position_ids"),
             attention_mask=arguments.get("attention_mask"),
             lengths={name: arguments[name] for name in LENGTH_ARGUMENTS if arguments.get(name) is not None},
         )
     except PadfreeError:
-        return None
+        return False
+    return batch is not None
 
 
 def watch(model: nn.Module, *, strict: bool, refusal: str = "") -> None:

@@ -46,8 +46,10 @@ def is_sharded(model: nn.Module) -> bool:
 
     There FSDP has put plain tensors in the place of the parameters, so that the embedding has none.
     """
+    if _holds_fsdp(model) or any(map(_is_shard, model.parameters())):
+        return True
     embedding = cast(Callable[[], nn.Module], pretrained_modules(model)[0].get_input_embeddings)()
-    return _holds_fsdp(model) or any(map(_is_shard, model.parameters())) or not any(True for _ in embedding.parameters())
+    return next(embedding.parameters(), None) is None
 
 
 def _holds_fsdp(model: nn.Module) -> bool:

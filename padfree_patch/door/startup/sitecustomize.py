@@ -11,14 +11,13 @@ import sys
 class _Waiting:
     """Finds nothing. Opens the door when transformers is about to be imported."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "transformers":
             sys.meta_path.remove(self)
             _open_door()
-        return None
 
 
-def _open_door():
+def _open_door() -> None:
     variable = os.environ.get("PADFREE_PATCH_RUN", "")
     try:
         from padfree_patch.door import hooks
@@ -34,7 +33,7 @@ def _open_door():
         print(problem, file=sys.stderr)
 
 
-def _run_the_hidden_one():
+def _run_the_hidden_one() -> None:
     from importlib.machinery import PathFinder
 
     here = os.path.dirname(os.path.abspath(__file__))
