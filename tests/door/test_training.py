@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import padfree_patch
-from helpers.door import made, tiny_config
+from helpers.door import lines, made, tiny_config
 from helpers.training import flattening, trained, trainer_of
 from padfree_patch import LeakError, PadfreeError, autopatch, patching
 from padfree_patch.testing import examples, pack
@@ -23,10 +23,6 @@ LINE = "padfree-patch: LlamaForCausalLM (llama) patched, backend sdpa, verified 
 def door():
     with autopatch() as handle:
         yield handle
-
-
-def lines(capfd):
-    return [line for line in capfd.readouterr().err.splitlines(keepends=True) if line.startswith("padfree-patch")]
 
 
 def sum_over_row(module, args, output):

@@ -19,3 +19,8 @@ def tiny_config(**changed):
 def made():
     """A tiny Llama, made as tools make theirs."""
     return AutoModelForCausalLM.from_config(tiny_config(), attn_implementation="sdpa")
+
+
+def lines(capfd):
+    """What the door has said since the last time."""
+    return [line for line in capfd.readouterr().err.splitlines(keepends=True) if line.startswith("padfree-patch")]
