@@ -6,12 +6,13 @@ import os
 import sys
 
 import torch
+from tqdm import tqdm
 
 
 def say(text: str) -> None:
-    """Prints a line, on rank 0 only."""
+    """Prints a line, on rank 0 only; not into the middle of a progress bar."""
     if _rank() == 0:
-        print(f"padfree-patch: {' '.join(text.split())}", file=sys.stderr, flush=True)
+        tqdm.write(f"padfree-patch: {' '.join(text.split())}", file=sys.stderr)
 
 
 def _rank() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections import Counter
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ PATIENCE = 10
 """Training forwards without a second sequence after which it is said."""
 
 
+FULL = 7
+"""How many of these must have full rows of one length to be cut from texts; the last one of an epoch is short."""
+
+
 @dataclasses.dataclass
 class Watch:
     """A forward pre-hook of a decoder. It is copied and pickled with it."""
@@ -33,10 +38,8 @@ class Watch:
     refusal: str = ""
     """Why the model was left alone; empty if it was patched."""
     forwards: int = 0
-    padded: bool = False
-    """Whether a mask of these has shown padding."""
-    lengths: set[int] = dataclasses.field(default_factory=set)
-    """Tokens of a row in these; two values are enough to know that they differ."""
+    lengths: Counter[int] = dataclasses.field(default_factory=Counter)
+    """How often a row had how many tokens, in those of these without padding."""
     settled: bool = False
     """Whether there is nothing to look for any more."""
 
@@ -64,12 +67,11 @@ class Watch:
 
     def _count(self, tokens: Tensor, mask: object) -> None:
         self.forwards += 1
-        self.padded |= isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask == 0).any())
-        if len(self.lengths) < 2:
-            self.lengths.add(int(tokens.shape[1]))
+        if not (isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask == 0).any())):
+            self.lengths[int(tokens.shape[1])] += 1
         if self.forwards == PATIENCE:
             self.settled = True
-            full_rows = not self.padded and len(self.lengths) == 1
+            full_rows = max(self.lengths.values(), default=0) >= FULL
             say(f"{self.who}: {PATIENCE} training batches, and {what_to_switch_on(full_rows=full_rows)}")
 
     def _refuse(self) -> None:

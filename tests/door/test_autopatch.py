@@ -88,7 +88,7 @@ def test_what_is_made_inside_of_another_model_is_patched_with_it(monkeypatch, ll
     with autopatch() as handle:
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert not patching.is_applied(made[0]) and handle.models == [model]
-        with pytest.raises(OSError, match="no file named"):  # after which the next one is the outermost again
+        with pytest.raises(OSError, match="file named"):  # after which the next one is the outermost again
             type(model).from_pretrained(folder / "..")
         assert patching.is_applied(AutoModelForCausalLM.from_config(tiny_config()))
 

@@ -78,11 +78,9 @@ def test_model_that_was_made_past_the_door_comes_through_it_when_its_training_be
 
 
 def test_weights_that_are_not_there_yet_are_verified_later(door, capfd, tmp_path):
-    weights = made().state_dict()
-    with torch.device("meta"):
-        model = made()
-    model.to_empty(device="cpu")
-    for parameter in model.parameters():
+    model = made()
+    weights = copy.deepcopy(model.state_dict())
+    for parameter in model.parameters():  # as on the ranks that wait for those of another
         torch.nn.init.constant_(parameter, float("nan"))
     trainer = trainer_of(model, tmp_path, flattening(), max_steps=1)
     trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from helpers.door import lines, made
 from helpers.training import flattening, padding, trainer_of
-from padfree_patch import PadfreeError, autopatch, patching
+from padfree_patch import PadfreeError, autopatch, patching, versions
 from padfree_patch.door.watch import PATIENCE, Watch
 from padfree_patch.testing import examples, pack
 
@@ -49,7 +49,7 @@ def full(n):
 
 
 def bare(n):
-    return {"input_ids": ids(1, 8)}
+    return {"input_ids": ids(1, 8 if n % 5 else 3)}  # the last row of each epoch is short
 
 
 def of_other_lengths(n):
@@ -96,6 +96,8 @@ def test_nothing_is_said_of_a_run_that_is_packed_or_does_not_train(door, capfd, 
         model(**pack(examples((5, 4))))
     mask = torch.zeros(2, 1, 8, 8).masked_fill(torch.ones(8, 8).triu(1).bool(), torch.finfo(torch.float32).min)
     own = {"attention_mask": mask} if call == "isolated by its own mask" else {}
+    if own and versions.transformers("<4.38"):
+        pytest.skip("this transformers takes no such mask")
     for n in range(PATIENCE + 1):
         model(**{**full(n), **own})
     assert not [line for line in lines(capfd) if "training batches" in line]
