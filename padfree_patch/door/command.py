@@ -26,8 +26,9 @@ class _OneLineErrors(click.Command):
 @click.option("--print-env", is_flag=True, help="Print the two variables that COMMAND would get, for other hosts.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def run(command: tuple[str, ...], backend: str, allow_unpatched: bool, print_env: bool) -> None:
-    """Run COMMAND, such as trl sft --packing ..., with every model that it makes patched and verified.
+    """Run COMMAND, with its models patched and verified.
 
-    Options of COMMAND stay its own. All Pythons that it starts are reached too: torchrun, accelerate, spawned workers.
+    COMMAND is as in "padfree-patch run trl sft --packing ...", its options its own. Every Python that it starts is
+    reached: torchrun, accelerate, spawned workers.
     """
     start(command, backend=backend, allow_unpatched=allow_unpatched, print_env=print_env)
