@@ -8,10 +8,9 @@ from torch import nn
 
 from ..models import is_transformers_model, pretrained_modules
 from ..patching import restore
-from ..patching.deferred import apply_deferred
 from .options import Options
 from .say import say
-from .verifying import check_packed_call
+from .verifying import patch_to_train
 from .watch import watch
 
 
@@ -23,7 +22,7 @@ def arrived(model: object, options: Options) -> bool:
 def patched(model: nn.Module, options: Options) -> bool:
     """Patches a model, to be verified when its training begins; returns whether it could be, and says if not."""
     try:
-        apply_deferred(model, backend=options.backend, check=check_packed_call)
+        patch_to_train(model, options.backend)
     except Exception as error:  # somebody else's model, of whatever kind, must go on as without the door
         leave_alone(model, options, error)
         return False

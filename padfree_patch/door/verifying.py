@@ -10,7 +10,8 @@ from torch import nn
 from .. import verification
 from ..errors import PadfreeError
 from ..models import pretrained_modules
-from ..patching import apply, way_of
+from ..patching import apply, is_applied, way_of
+from ..patching.deferred import apply_deferred
 from ..patching.later import verify_later
 from ..seams.kernel import recording_backends
 from ..verification.untouched import is_sharded
@@ -40,6 +41,15 @@ def verify_once(model: nn.Module) -> None:
         where = f"verified on {next(outermost.parameters()).device}" if reason is None else f"not verified: {reason}"
         say(f"{type(outermost).__name__} ({outermost.config.model_type}) patched, backend {backends}, {where}")
     _said[outermost] = done
+
+
+def patch_to_train(model: nn.Module, backend: str = "auto") -> None:
+    """Patches a model, to be verified when its training begins; leaves one as it is that is patched already.
+
+    Raises PadfreeError, with the model as it was, if it can't be patched.
+    """
+    if not is_applied(model):
+        apply_deferred(model, backend=backend, check=check_packed_call)
 
 
 def check_packed_call(module: nn.Module) -> None:

@@ -12,6 +12,7 @@ from ..adapters import check_adapters
 from ..batch.lengths import LENGTH_ARGUMENTS
 from ..batch.packed_batch import read_batch
 from ..data.samplers import TokenBudgetBatchSampler
+from ..door.verifying import patch_to_train, verify_once
 from ..errors import PadfreeError
 from ..patching import is_applied
 from ..seams.model_call import tokens_of
@@ -47,12 +48,15 @@ class PaddingFreeCallback(TrainerCallback):
     callback: with it on some only, the training is an error.
 
     Args:
+        apply: patch the Trainer's model when the Trainer is made, and verify it when the training begins, on the device
+            and with the backend that trains; a line on rank 0 says so. What `padfree_patch.apply` refuses is an error.
+            Give the callback as `callbacks=[...]`: `add_callback` comes after the Trainer was made.
         patience: training steps after which a run that never showed a row with a second sequence is stopped with a
             PadfreeError, which says what the callback saw; 0 for never.
     """
 
-    def __init__(self, *, patience: int = 10):
-        self.patience = patience
+    def __init__(self, *, apply: bool = False, patience: int = 10):
+        self.apply, self.patience = apply, patience
         self._counts, self._seen = Counts(), Seen()
         self._shown: dict[str, float | str] = {}
         self._steps = 0
@@ -65,6 +69,17 @@ class PaddingFreeCallback(TrainerCallback):
         put_first(trainer, self)
         return self
 
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: object,
+    ) -> None:
+        if self.apply and model is not None:  # with model_init there may be none yet
+            patch_to_train(model)
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -76,6 +91,9 @@ class PaddingFreeCallback(TrainerCallback):
         if model is None:
             raise PadfreeError("PaddingFreeCallback: the Trainer gave no model to watch")
         self._unhook()  # of a run that an error ended
+        if self.apply:
+            patch_to_train(model)
+            verify_once(model)
         check_adapters(model)  # which may have come after apply
         check_all_begin(f"PaddingFreeCallback(patience={self.patience})")
         self._counts, self._seen, self._steps = Counts(), Seen(), 0

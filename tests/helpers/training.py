@@ -33,7 +33,7 @@ def padding(features):
     }
 
 
-def trainer_of(model, folder, collator, *, dataset=None, **options):
+def trainer_of(model, folder, collator, *, dataset=None, callbacks=(), **options):
     arguments = TrainingArguments(
         str(folder),
         **{"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 1e-2, "optim": "sgd", **options},
@@ -45,7 +45,8 @@ def trainer_of(model, folder, collator, *, dataset=None, **options):
         save_strategy="no",
     )
     dataset = data() if dataset is None else dataset
-    return Trainer(model=model, args=arguments, train_dataset=dataset, eval_dataset=dataset, data_collator=collator)
+    inputs = {"train_dataset": dataset, "eval_dataset": dataset, "data_collator": collator}
+    return Trainer(model=model, args=arguments, callbacks=list(callbacks), **inputs)
 
 
 def trained(model, folder, collator, *, patched, **options):
