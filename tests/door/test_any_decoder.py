@@ -1,0 +1,88 @@
+"""Models that no patch is registered for come through the door in the first way, and are verified like all others."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+from helpers.door import lines
+from helpers.training import flattening, padding, trainer_of
+from padfree_patch import PadfreeError, autopatch, patching
+from padfree_patch.testing import examples, pack
+
+pytestmark = pytest.mark.versions
+
+LINE = "padfree-patch: GPTNeoXForCausalLM (gpt_neox) patched, backend {}, verified on cpu\n"
+
+
+def neox():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = GPTNeoXConfig(
+        vocab_size=97, max_position_embeddings=64, attention_dropout=0.0, hidden_dropout=0.0, **sizes
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture
+def door():
+    with autopatch() as handle:
+        yield handle
+
+
+def assert_exact(model, alone):
+    with torch.no_grad():
+        packed = model.eval()(**pack(examples((5, 4)))).logits
+        expected = torch.cat([alone(input_ids=each).logits for each in examples((5, 4))], dim=1)
+    assert (packed - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_trainer_verifies_it_and_packed_rows_are_exact(capfd, tmp_path):
+    alone = neox().eval()
+    with autopatch() as door:
+        model = neox()
+        assert door.models == [model] and lines(capfd) == []
+        trainer_of(model, tmp_path, flattening(), max_steps=1, learning_rate=0.0).train()
+    said = lines(capfd)
+    assert said in ([LINE.format("sdpa")], [LINE.format("upstream's own, per sequence")])
+    assert_exact(model, alone)
+
+
+def test_a_loop_of_its_own_verifies_it_in_its_first_packed_call(door, capfd):
+    model = neox()
+    twin = copy.deepcopy(model)  # as a reference model, which is never trained
+    model.train()(**pack(examples((5, 4))))
+    assert len(lines(capfd)) == 1
+    with torch.no_grad():
+        twin.eval()(**pack(examples((5, 4))))
+    assert len(lines(capfd)) == 1
+    with torch.no_grad():
+        twin(**pack(examples((5, 4))))
+    assert lines(capfd) == []
+
+
+def no_way(model, before, backend, *, verify):
+    raise PadfreeError("no patch is registered for it, and no way that was found keeps its examples apart")
+
+
+def test_what_no_way_serves_is_left_alone_and_its_packed_rows_are_an_error(door, capfd, monkeypatch, tmp_path):
+    monkeypatch.setattr(patching, "apply_found", no_way)
+    model = neox()
+    with pytest.raises(PadfreeError, match="GPTNeoXForCausalLM was left unpatched, and is now trained on a packed"):
+        trainer_of(model, tmp_path, flattening(), max_steps=1).train()
+    assert not patching.is_applied(model)
+    trainer_of(model, tmp_path, padding, max_steps=1).train()
+    (line,) = lines(capfd)
+    assert "(gpt_neox) is left unpatched: no patch is registered for it, and no way" in line
+
+
+def test_without_a_trainer_what_no_way_serves_stops_at_its_first_packed_row(door, monkeypatch):
+    model = neox().train()
+    monkeypatch.setattr(patching, "apply_found", no_way)
+    for _ in range(2):
+        with pytest.raises(PadfreeError, match="no way that was found keeps its examples apart"):
+            model(**pack(examples((5, 4))))
+    model(input_ids=examples((5,))[0])
