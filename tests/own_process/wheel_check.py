@@ -20,6 +20,8 @@ def check_installed_whole() -> None:
         path = importlib.import_module(name).__file__
         assert path and "site-packages" in path, f"{name} comes from {path}"
     assert files("padfree_patch").joinpath("py.typed").is_file()
+    for package, file in (("door", "startup/sitecustomize.py"), ("integrations", "ms_swift/padfree_plugin.py")):
+        assert files(f"padfree_patch.{package}").joinpath(file).is_file(), file
     assert any(file.name.endswith(".jsonl") for file in files("padfree_patch.demo").iterdir())
 
 
