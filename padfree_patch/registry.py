@@ -59,6 +59,9 @@ class Patch:
     """Says of a config what upstream does with its model, in the running version, that one would not expect."""
     variants: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
     """Other configurations to test, by name: values on top of `tiny`."""
+    any_decoder: bool = False
+    """Whether its attention is more than a causal softmax over a window (sinks, chunks, a state), so that its models are
+    entered in the first way of those for any decoder that passes the check."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tiny", MappingProxyType(dict(self.tiny)))
@@ -120,6 +123,11 @@ def registry() -> Registry:
             raise PadfreeError(f"entry point {entry_point.name} = {entry_point.value} is no Patch: {patch!r}")
         found.register(patch)
     return found
+
+
+def found_by_check(patch: Patch | None) -> bool:
+    """Whether only a check says in which way a model is right: it has no patch, or one that says so."""
+    return patch is None or patch.any_decoder
 
 
 def patch_for(model: nn.Module) -> Patch | None:

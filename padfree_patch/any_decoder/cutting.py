@@ -133,7 +133,8 @@ class Cutter:
 
     def _beside(self, results: Sequence[Any]) -> Any:
         if isinstance(results[0], Tensor) and results[0].dim() > 1:
-            return self._joined(results)
+            weights = all(each.dim() == 4 and each.shape[2:] == (n, n) for each, n in zip(results, self._lengths))
+            return None if weights else self._joined(results)
         return self.join(results)
 
     def _joined(self, results: Sequence[Tensor]) -> Tensor | None:

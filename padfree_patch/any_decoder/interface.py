@@ -71,7 +71,7 @@ def is_plain(call: Call, recipe: Recipe) -> bool:
     given = call.with_defaults()
     module, name = given[call.names[0]], call.original.__name__
     flash = "flash" in name
-    special = [each for each in SPECIAL if given.get(each) is not None and not (flash and each == "softcap")]
+    special = [each for each in (*SPECIAL, *(() if flash else ("softcap",))) if given.get(each) is not None]
     unknown = [
         each
         for each, value in given.items()

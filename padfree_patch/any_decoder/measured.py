@@ -7,6 +7,7 @@ is given, set to four: a window of 4096 would not show in any short mask, whatev
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ class Builder:
         """Takes the builder, its arguments without tensors, the tokens' dtype, and if it wants the caller's mask."""
         self._original, self._arguments = original, arguments
         self._dtype, self._reads_mask = dtype, reads_mask
+        # transformers' own use positions for nothing but to look for several sequences, and wait for the device.
+        self._looks_for_sequences = hasattr(sys.modules[original.__module__], "find_packed_sequence_indices")
         self._numbers: dict[str, int] = {}
         self._unclear: set[str] = set()
 
@@ -66,7 +69,8 @@ class Builder:
         mask, counted = CALLERS_OWN.build(length, device), torch.arange(length, device=device)
         tokens = torch.empty(1, length, 1, dtype=self._dtype, device=device)
         callers = mask if self._reads_mask else None
-        values = (tokens, tokens, tokens, (1, length), 0, counted, counted[None], callers, mask, None)
+        positions = None if self._looks_for_sequences else counted[None]
+        values = (tokens, tokens, tokens, (1, length), 0, counted, positions, callers, mask, None)
         own = dict(zip(OF_THE_ROW, values, strict=True))
         given = {name: own.get(name, value) for name, value in self._arguments.items()}
         given |= {name: value for name, value in instead.items() if name in given}

@@ -16,7 +16,7 @@ from ..arguments import whole_number
 from ..batch.labels import IGNORED_LABEL
 from ..data.flattening import DataCollatorWithFlattening
 from ..patching import applied
-from ..registry import patch_for
+from ..registry import found_by_check, patch_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +130,7 @@ def timed_step(model: Any, batch: Mapping[str, object], *, patched: bool, backen
     """
     model.train()
     device = next(model.parameters()).device
-    unknown = patch_for(model) is None  # only a check says in which way such a model is right
-    with applied(model, verify=unknown, backend=backend) if patched else contextlib.nullcontext():
+    with applied(model, verify=found_by_check(patch_for(model)), backend=backend) if patched else contextlib.nullcontext():
         taken = _seconds_of(lambda: model(**batch, use_cache=False).loss.backward(), device)
     model.zero_grad(set_to_none=True)
     return taken

@@ -13,7 +13,7 @@ from torch import nn
 from .. import attention, verification, versions
 from ..adapters import check_adapters
 from ..errors import PadfreeError
-from ..registry import Patch, patch_for
+from ..registry import Patch, found_by_check, patch_for
 from ..seams.decoder import IMPLEMENTATIONS
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import installed
@@ -46,13 +46,15 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
     check_adapters(model)
     before = State(model)
     try:
-        if patch is not None:
-            verified = _apply_patch(model, patch, before, backend, verify=verify)
-        else:
+        if found_by_check(patch):
             unchecked = apply_found(model, before, backend, verify=verify)
             verified = unchecked is None
             if unchecked:
                 _warn_unchecked(unchecked)
+        else:
+            verified = _apply_patch(model, patch, before, backend, verify=verify)
+        if patch is not None:
+            _report_if_untested(patch, verified=verified)
         _remember(model, verify=verify, verified=verified)
     except BaseException:
         before.put_back()
@@ -85,7 +87,7 @@ def is_applied(model: nn.Module) -> bool:
 
 
 def way_of(model: nn.Module) -> str:
-    """Says how the examples of a patched model are kept apart if no patch is registered for it; empty if one is."""
+    """Says how the examples of a patched model are kept apart in a way that was found; empty if its patch says all."""
     return next((opt_in.way for opt_in in OptIn.all_in(model).values()), "")
 
 
@@ -98,9 +100,7 @@ def places(model: nn.Module) -> tuple[str, ...]:
 def _apply_patch(model: nn.Module, patch: Patch, before: State, backend: str, *, verify: bool) -> bool:
     """Patches a model with a registered patch; returns whether it could be checked."""
     enter_patch(model, patch, before.opt_ins, backend)
-    verified = verify and _verify(patch, model)
-    _report_if_untested(patch, verified=verified)
-    return verified
+    return verify and _verify(patch, model)
 
 
 def _remember(model: nn.Module, *, verify: bool, verified: bool) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from .. import attention, verification, versions
 from ..errors import PadfreeError
 from ..models import implementation_of, pretrained_modules
-from ..registry import Patch, patch_for
+from ..registry import Patch, found_by_check, patch_for
 from ..seams.kernel import recording_windows
 from ..seams.rotary import depends_on_length
 from ..verification import Verification
@@ -34,7 +34,7 @@ class Explanation:
     refused: str | None = None
     """Why apply would refuse the model, if so."""
     way: str = ""
-    """How apply keeps examples apart, found in the model and verified; empty if a patch is registered for it."""
+    """How apply keeps examples apart, found in the model and verified; empty if its patch says all."""
     tested: str | None = None
     """transformers versions that the patch was tested on."""
     table: str = "untested"
@@ -67,7 +67,7 @@ class Explanation:
         if not self.patched and self.after is not None:
             lines.append(f"  after apply: {_verdict(self.after)}")
         if self.way:
-            lines.append(f"  no patch is registered for {self.model_type}; found and verified: {self.way}")
+            lines.append(f"  found in the model and verified: {self.way}")
         else:
             lines.append(f"  tested on transformers {self.tested}, in this version: {self.table}")
         lines += [f"  backend {name}: {word}" for name, word in self.backends.items()]
@@ -100,7 +100,7 @@ def explain(model: nn.Module) -> Explanation:
     try:
         patch = patch_for(model)
         facts["now"] = _now(model)
-        with applied(model, verify=patch is None):
+        with applied(model, verify=found_by_check(patch)):
             facts["after"] = verification.verify(model)
             windows = _windows(model, patch, config) if not facts["after"].skipped else ()
             facts["places"], facts["way"] = places(model), way_of(model)

@@ -1,4 +1,4 @@
-"""apply for a model that no patch is registered for: ways are found in the live model, and `verify` decides."""
+"""apply where no patch says all: ways are found in the live model, and `verify` decides."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def apply_found(model: nn.Module, before: State, backend: str, *, verify: bool) 
                 break
             way = way.with_named(named)
     raise PadfreeError(
-        f"{type(pretrained_modules(model)[0]).__name__}: no patch is registered for it, and no way that was found "
-        f"keeps its examples apart; it was put back as it was{_registered_inside(model)}. Tried:\n"
+        f"{type(pretrained_modules(model)[0]).__name__}: no way was found that keeps its examples "
+        f"apart; it was put back as it was{_registered_inside(model)}. Tried:\n"
         + "\n".join(failures)
     )
 
@@ -86,7 +86,7 @@ def _registered_inside(model: nn.Module) -> str:
 
 def _why_not_to_check(model: nn.Module, *, verify: bool) -> str | None:
     if not verify:
-        return "verify=False was passed, and no patch is registered for this architecture"
+        return "verify=False was passed, and only a check says in which way this architecture is right"
     return verification.why_it_cannot_run(model)
 
 
@@ -129,4 +129,4 @@ def _keep(model: nn.Module, way: Way) -> None:
 
 def _log(model: nn.Module, way: Way) -> None:
     name = type(pretrained_modules(model)[0]).__name__
-    logging.getLogger("padfree_patch").info("%s has no registered patch; verified, with %s", name, way)
+    logging.getLogger("padfree_patch").info("%s verified, with %s", name, way)

@@ -32,7 +32,7 @@ FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"
 
 EAGER = "eager_attention_forward"
 
-SPECIAL = ("softcap", "s_aux", "sinks", "position_bias", "head_mask")
+SPECIAL = ("s_aux", "sinks", "position_bias", "head_mask")
 """Arguments that change the attention itself; a function that is answered here must not be given one."""
 
 
@@ -111,7 +111,8 @@ def answer(call: Call) -> tuple[Tensor, None]:
             "know how to do for packed examples"
         )
     dropout = float(given.get("dropout") or 0.0)
-    output = kernel.attend(q, k, v, scale=given.get("scaling"), dropout=dropout)
+    softcap = float((given.get("softcap") or 0.0) if "softcap" in call.names else 0.0)  # upstream's sdpa ignores it
+    output = kernel.attend(q, k, v, scale=given.get("scaling"), dropout=dropout, softcap=softcap)
     return output.transpose(1, 2).contiguous(), None
 
 
