@@ -60,8 +60,8 @@ class Patch:
     variants: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
     """Other configurations to test, by name: values on top of `tiny`."""
     any_decoder: bool = False
-    """Whether its attention is more than a causal softmax over a window (sinks, chunks, a state), so that its models are
-    entered in the first way of those for any decoder that passes the check."""
+    """Whether its attention is more than a causal softmax over a window (sinks, chunks, a state), so that its models
+    are entered in the first way of those for any decoder that passes the check."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tiny", MappingProxyType(dict(self.tiny)))

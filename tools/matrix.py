@@ -2,7 +2,8 @@
 
 python tools/matrix.py OUTPUT.json         one version's verdicts; with --natively, also whether upstream needs no patch
                                            with --quick, variants run the checks in QUICK only; with --defaults,
-                                           none of them runs
+                                           default configurations run these, and variants none;
+                                           with --only=A,B, the patches of these model types
 python tools/matrix.py --merge FOLDER      all of them into docs/support.json, docs/support.md and the package's table
 python tools/matrix.py --compare FOLDER    fails if they are not what docs/support.json says
 python tools/matrix.py --breadth FOLDER    what tools/breadth.py wrote, into docs/breadth.json and docs/support.md
@@ -27,7 +28,7 @@ import breadth_page
 from helpers import flash_attention_here
 from padfree_patch import PadfreeError, patching, versions
 from padfree_patch.patching import support
-from padfree_patch.registry import Patch, registry
+from padfree_patch.registry import Patch, found_by_check, patch_for, registry
 from padfree_patch.testing import CHECKS, Unavailable, UpstreamFails, checks, conformance, tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,9 @@ TABLE = ROOT / "padfree_patch" / "patching" / support.FILE.name
 
 NATIVELY = "--natively" in sys.argv
 """Whether to run the unpatched model too. --compare takes exact and native-exact for one."""
+
+ONLY = [each for option in sys.argv if option.startswith("--only=") for each in option[7:].split(",")]
+"""Model types of new patches. The table keeps what it says of all others."""
 
 QUICK = (conformance.check_gradients, conformance.check_rows)
 """Checks of what an architecture's variants may differ in; a third of the time of all checks."""
@@ -50,7 +54,7 @@ Cells = dict[str, dict[str, dict[str, dict[str, str]]]]
 
 def verdicts() -> dict[str, dict[str, dict[str, str]]]:
     """Returns model type -> implementation -> variant -> verdict."""
-    return {patch.model_type: verdicts_of(patch) for patch in registry().patches()}
+    return {each.model_type: verdicts_of(each) for each in registry().patches() if not ONLY or each.model_type in ONLY}
 
 
 def verdicts_of(patch: Patch) -> dict[str, dict[str, str]]:
@@ -58,9 +62,10 @@ def verdicts_of(patch: Patch) -> dict[str, dict[str, str]]:
     gc.freeze()  # what was imported so far: apply and restore collect garbage, which takes as long as there are objects
     variants = {} if "--defaults" in sys.argv else patch.variants
     of_variants = QUICK if "--quick" in sys.argv else CHECKS
+    of_default = QUICK if "--defaults" in sys.argv else CHECKS
     return {
         implementation: {
-            "default": verdict(patch, implementation, {}, CHECKS),
+            "default": verdict(patch, implementation, {}, of_default),
             **{variant: verdict(patch, implementation, config, of_variants) for variant, config in variants.items()},
         }
         for implementation in patching.IMPLEMENTATIONS
@@ -83,12 +88,15 @@ def verdict(patch: Patch, implementation: str, config: dict[str, Any], checks_to
     if failure := failure_of(lambda: model(input_ids=torch.arange(3, 9).unsqueeze(0))):
         return f"upstream fails: {failure}"
     try:
-        with patching.applied(model, verify=False):
+        with applied_once(model):
             pass
     except PadfreeError as error:
         return f"refused: {first_line(error)}"
     chosen = [*checks_to_run]
-    chosen += [conformance.check_router_losses] if hasattr(model.config, "output_router_logits") else []
+    balanced = hasattr(
+        sys.modules[type(model).__module__], "load_balancing_loss_func"
+    )  # Llama 4 has router logits only
+    chosen += [conformance.check_router_losses] if balanced and hasattr(model.config, "output_router_logits") else []
     gaps = {}
     for check in chosen:
         if failure := failure_of(lambda c=check: c(make)):
@@ -105,6 +113,11 @@ def verdict(patch: Patch, implementation: str, config: dict[str, Any], checks_to
     return ("native-exact" if natively else "exact") + "".join(f"{GAP}{gap}" for gap in gaps.values())
 
 
+def applied_once(model: Any) -> Any:
+    """Applies without a check where the patch says all, since `verdict` verifies each model once."""
+    return patching.applied(model, verify=found_by_check(patch_for(model)))
+
+
 def failure_of(run: Callable[[], Any]) -> str | None:
     try:
         run()
@@ -118,8 +131,10 @@ def first_line(error: BaseException) -> str:
 
 
 def merge(folder: Path) -> None:
-    """Puts every FOLDER/VERSION.json into the table; versions that are not there keep what it says of them."""
-    found = {**json.loads(CELLS.read_text()), **read(folder)} if CELLS.exists() else read(folder)
+    """Puts every FOLDER/VERSION.json into the table; what is not there keeps what the table says of it."""
+    found: Cells = json.loads(CELLS.read_text()) if CELLS.exists() else {}
+    for version, row in read(folder).items():
+        found[version] = {**found.get(version, {}), **row}
     found = {version: found[version] for version in sorted(found, key=by_release)}
     CELLS.write_text(json.dumps(found, indent=1) + "\n")
     words = {
@@ -246,7 +261,7 @@ def page(found: Cells, by_name: Sequence[str]) -> str:
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    checks.applied = functools.partial(patching.applied, verify=False)  # `verdict` verifies each model once
+    checks.applied = applied_once
     result = verdicts()
     Path(sys.argv[1]).write_text(json.dumps(result))
     counts = Counter(said.split(":")[0] for each in result.values() for row in each.values() for said in row.values())

@@ -2,7 +2,7 @@
 
 `nox -s matrix`, `eras` and `breadth` call it:
 
-python tools/matrix_on_versions.py --merge [TRANSFORMERS VERSION...]     all checks
+python tools/matrix_on_versions.py --merge [TRANSFORMERS VERSION...]     all checks; with --only=A,B, of new patches
 python tools/matrix_on_versions.py --compare                             quickly, on the ends of each era
 python tools/matrix_on_versions.py --breadth [TRANSFORMERS VERSION...]   every decoder, any patch or none
 
@@ -81,7 +81,9 @@ def scripts_of(what_then: str, chosen: Sequence[str]) -> dict[str, tuple[str, ..
     if what_then == "--breadth":
         return dict.fromkeys(chosen or OF_BREADTH, ("tools/breadth.py",))
     if what_then == "--merge":
-        return dict.fromkeys(chosen or LAST_PATCHES, ("tools/matrix.py", "--natively"))
+        options = [each for each in chosen if each.startswith("--only=")]
+        named = [each for each in chosen if each not in options]
+        return dict.fromkeys(named or LAST_PATCHES, ("tools/matrix.py", "--natively", *options))
     quick, defaults = ("tools/matrix.py", "--quick"), ("tools/matrix.py", "--defaults")
     return {**dict.fromkeys(LAST_OF_ERA, quick), **dict.fromkeys(FIRST_OF_ERA, defaults)}
 

@@ -130,7 +130,8 @@ def timed_step(model: Any, batch: Mapping[str, object], *, patched: bool, backen
     """
     model.train()
     device = next(model.parameters()).device
-    with applied(model, verify=found_by_check(patch_for(model)), backend=backend) if patched else contextlib.nullcontext():
+    check = found_by_check(patch_for(model))
+    with applied(model, verify=check, backend=backend) if patched else contextlib.nullcontext():
         taken = _seconds_of(lambda: model(**batch, use_cache=False).loss.backward(), device)
     model.zero_grad(set_to_none=True)
     return taken

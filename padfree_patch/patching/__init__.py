@@ -13,7 +13,7 @@ from torch import nn
 from .. import attention, verification, versions
 from ..adapters import check_adapters
 from ..errors import PadfreeError
-from ..registry import Patch, found_by_check, patch_for
+from ..registry import Patch, patch_for
 from ..seams.decoder import IMPLEMENTATIONS
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import installed
@@ -46,7 +46,7 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
     check_adapters(model)
     before = State(model)
     try:
-        if found_by_check(patch):
+        if patch is None or patch.any_decoder:
             unchecked = apply_found(model, before, backend, verify=verify)
             verified = unchecked is None
             if unchecked:

@@ -53,8 +53,7 @@ def apply_found(model: nn.Module, before: State, backend: str, *, verify: bool) 
             way = way.with_named(named)
     raise PadfreeError(
         f"{type(pretrained_modules(model)[0]).__name__}: no way was found that keeps its examples "
-        f"apart; it was put back as it was{_registered_inside(model)}. Tried:\n"
-        + "\n".join(failures)
+        f"apart; it was put back as it was{_registered_inside(model)}. Tried:\n" + "\n".join(failures)
     )
 
 

@@ -1,4 +1,4 @@
-"""Tiny models of architectures that no patch is registered for: one of each kind of difficulty."""
+"""Tiny models of architectures of each kind of difficulty, for tests without their patches."""
 
 from __future__ import annotations
 

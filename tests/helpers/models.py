@@ -11,7 +11,12 @@ from padfree_patch.testing import Unavailable, conformance
 PATCHES = registry().patches()
 
 MACHINERY = [patch for patch in PATCHES if patch.model_type in ("llama", "mistral", "qwen2")]
-"""Architectures on which the machinery is tested; test_exactness.py and test_registry.py take all."""
+"""Architectures on which the machinery is tested."""
+
+DIFFERENT = [
+    patch for patch in PATCHES if patch.model_type in ("dbrx", "falcon", "gemma2", "gpt_oss", "llama", "mistral")
+]
+"""Fused projections, a key bias, softcaps, the ways for any decoder, and none of these: what is tested on more."""
 
 
 def skip_if_unavailable(make_model) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers.holes import CALLS, default_call, error_of, is_open
-from helpers.models import PATCHES, skip_if_unavailable
+from helpers.models import DIFFERENT, skip_if_unavailable
 from padfree_patch import applied
 from padfree_patch.testing import conformance, tiny_model
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.versions
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.model_type)
+@pytest.mark.parametrize("patch", DIFFERENT, ids=lambda patch: patch.model_type)
 def test_hole_is_open_unpatched_and_closed_by_the_patch(call, patch, implementation):
     def make():
         # Random DBRX is nearly blind to other tokens; with larger weights a leak shows.

@@ -67,11 +67,12 @@ def flash_attn_with_kvcache(*args, **kwargs):
 
 def _one(q, k, v, dropout_p, scale, causal, window_size, softcap):
     """One sequence; the last query stands at the last key, as since flash-attn 2.1."""
-    assert q.shape[1] % k.shape[1] == 0 and not softcap
+    assert q.shape[1] % k.shape[1] == 0
     dtype = q.dtype
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     q, k, v = (x.float() if dtype.itemsize < 4 else x for x in (q, k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     distance = (torch.arange(len(q)) + len(k) - len(q))[:, None] - torch.arange(len(k))
     left, right = window_size
     visible = distance >= (0 if causal else -right if right >= 0 else -len(k))
