@@ -17,9 +17,9 @@ from padfree_patch.wrapping.opt_in import OptIn
 SLICE = {
     "bart": "fast, named modules",  # positions counted inside
     "bloom": "per sequence",  # ALiBi beside the interface
-    "deepseek_v3": "fast",  # MLA: v has another head size
+    "deepseek_v3": "registered",  # MLA: v has another head size
     "deepseek_v32": "per sequence",  # learned sparsity
-    "gemma2": "per sequence",  # softcap in eager code
+    "gemma2": "registered",  # softcap
     "gpt2": "fast",  # until 4.52 its mask is reshaped by the number of rows
     "gpt_oss": "per sequence",  # sinks
     "inkling_text": "per sequence",  # a bias on scores
