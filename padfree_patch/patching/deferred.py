@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import attention
 from ..adapters import check_adapters
-from ..registry import patch_for
+from ..registry import found_by_check, patch_for
 from ..wrapping.opt_in import OptIn
 from .found import enter_first_way
 from .plan import enter_patch
@@ -21,7 +21,7 @@ from .state import State
 def apply_deferred(model: nn.Module, *, backend: str, check: Callable[[nn.Module], None]) -> None:
     """Patches a model as `apply` does, but verifies nothing: `check` is called in its first packed training call.
 
-    A model that no patch is registered for is entered in the first way that would be tried; any packed call of it is
+    A model whose way only a check shows is entered in the first way that would be tried; any packed call of it is
     checked first, because nothing has shown that this way is right. `check` is pickled by name, with the model.
 
     Raises PadfreeError, with the model as it was, if nothing in it can be entered.
@@ -31,12 +31,12 @@ def apply_deferred(model: nn.Module, *, backend: str, check: Callable[[nn.Module
     check_adapters(model)
     before = State(model)
     try:
-        if patch is not None:
-            enter_patch(model, patch, before.opt_ins, backend)
-        else:
+        if patch is None or patch.any_decoder:
             enter_first_way(model, before, backend)
+        else:
+            enter_patch(model, patch, before.opt_ins, backend)
         for mine in OptIn.all_in(model).values():
-            mine.check, mine.pending, mine.unproven = check, True, patch is None
+            mine.check, mine.pending, mine.unproven = check, True, found_by_check(patch)
     except BaseException:
         before.put_back()
         raise

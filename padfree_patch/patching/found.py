@@ -67,7 +67,7 @@ def enter_first_way(model: nn.Module, before: State, backend: str) -> None:
     way = ways_of(model)[0]
     if not (way.models and (way.fast or way.split)):
         name = type(pretrained_modules(model)[0]).__name__
-        raise PadfreeError(f"{name}: no patch is registered for it, and nothing in it takes tokens and a mask")
+        raise PadfreeError(f"{name}: nothing in it takes tokens and a mask")
     opt_in(plan_way(model, way), {}, backend)
     _describe(model, way)
     for mine in OptIn.all_in(model).values():
