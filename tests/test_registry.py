@@ -80,7 +80,8 @@ def test_every_patch_module_is_an_entry_point_and_says_what_it_was_read_against(
     module = importlib.import_module(f"padfree_patch.patches.{patch.model_type}")
     assert module.PATCH is patch
     assert module.__doc__ is not None
-    assert f"models/{patch.model_type}/modeling_{patch.model_type}.py of transformers" in module.__doc__
+    name = patch.model_type.removesuffix("_text")
+    assert f"models/{name}/modeling_{name}.py of transformers" in module.__doc__
     assert SpecifierSet(patch.transformers)
 
 
