@@ -2,13 +2,15 @@
 
 Two probes that share nothing: example A changes, and example B's logits must not move; and the gradient of B's loss at
 A's embeddings must be exactly zero, which needs no tolerance. A third compares the packed row with each example alone.
-All three run through the model's own forward, without dropout, on seventeen random tokens.
+All three run through the model's own forward, without dropout, on seventeen random tokens. On a batch of the caller's
+the third runs alone.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -18,6 +20,7 @@ from ..models import pretrained_modules
 from ..registry import registry
 from .dtypes import autocast_around
 from .probe import LENGTHS, TOLERANCE_EPS, Probe, largest
+from .real_batch import error_on_batch
 from .result import Verification
 from .untouched import untouched, unwrapped, why_it_cannot_run
 
@@ -39,8 +42,12 @@ _ROUTER = re.compile(r"(^|\.)(experts|router)(\.|$)")
 """Names of submodules that mixtures of experts have, in every version."""
 
 
-def verify(model: nn.Module) -> Verification:
+def verify(model: nn.Module, batch: Mapping[str, object] | None = None) -> Verification:
     """Measures whether `model`, as it is now, isolates the examples of a packed row.
+
+    With `batch`, a packed batch of yours on the model's device (input_ids (B, T) and what says where examples end),
+    each of its examples is run alone and compared, without gradients: about two forwards, on the lengths that you train
+    on. Without it, the examples are random and short.
 
     Works in train and eval mode, with frozen parameters, inside PEFT and under `torch.no_grad`. Leaves parameters,
     gradients, modes and the random state as they were. Takes seven short forwards and one backward. If the head gives
@@ -49,8 +56,10 @@ def verify(model: nn.Module) -> Verification:
 
     Returns the figures; nothing is raised for a leak. Weights on the meta device or sharded over processes can't be
     run: then `skipped` says so.
+
+    Raises PadfreeError if `batch` is not packed.
     """
-    return _verified(model, None)
+    return _verified(model, None, batch)
 
 
 def verify_as_it_trains(model: nn.Module) -> Verification:
@@ -58,12 +67,17 @@ def verify_as_it_trains(model: nn.Module) -> Verification:
     return _verified(model, autocast_around(model))
 
 
-def _verified(model: nn.Module, autocast: AbstractContextManager[object] | None) -> Verification:
+def _verified(
+    model: nn.Module, autocast: AbstractContextManager[object] | None, batch: Mapping[str, object] | None = None
+) -> Verification:
     models = pretrained_modules(model)
     name = type(models[0] if models else model).__name__
     if reason := why_it_cannot_run(model):
         return Verification(model=name, skipped=reason)
     with untouched(model), torch.inference_mode(False), torch.enable_grad():
+        if batch is not None:
+            error, tolerance, examples = error_on_batch(model, batch, Probe(unwrapped(model), autocast))
+            return Verification(model=name, alone_error=error, alone_tolerance=tolerance, examples=examples)
         return _measure(name, model, Probe(unwrapped(model), autocast))
 
 

@@ -53,8 +53,8 @@ class Entry:
                     text[0, place] = token
         return [text.to(weight.device) for text in texts]
 
-    def call(self, tokens: Tensor, **options: Tensor | bool) -> Tensor:
-        """Runs the model on token ids (1, T); returns its logits, (1, T, ...). Fills `embeddings`.
+    def call(self, tokens: Tensor, **options: object) -> Tensor:
+        """Runs the model on token ids (B, T); returns its logits, (B, T, ...). Fills `embeddings`.
 
         Raises PadfreeError if nothing of what comes out is for each token.
         """
@@ -76,7 +76,7 @@ class Entry:
         loss = output.get("loss") if isinstance(output, dict) else None
         return float(loss) if isinstance(loss, Tensor) and loss.dim() == 0 else None
 
-    def _accepted(self, options: dict[str, Tensor | bool], device: torch.device) -> dict[str, Tensor | bool]:
+    def _accepted(self, options: dict[str, object], device: torch.device) -> dict[str, object]:
         """Returns what the forward takes; positions that it does not take become segment numbers in the mask."""
         given = {name: value for name, value in options.items() if self._takes(name)}
         positions = options.get("position_ids")
@@ -88,7 +88,7 @@ class Entry:
             given["task_ids"] = torch.zeros(1, dtype=torch.int64, device=device)
         return given
 
-    def _run(self, tokens: Tensor, options: dict[str, Tensor | bool]) -> object:
+    def _run(self, tokens: Tensor, options: dict[str, object]) -> object:
         with self._graph_cut_at_embeddings():
             if self._by_ids:
                 output = self._called(input_ids=tokens, **options)
@@ -97,7 +97,7 @@ class Entry:
                 self._by_ids = False  # it does not call the embedding, so that no gradient would begin there
             return self._called(inputs_embeds=self._embed(tokens), **options)
 
-    def _called(self, **options: Tensor | bool) -> object:
+    def _called(self, **options: object) -> object:
         """Calls the model with arguments by name, but those by position that its forward takes in no other way."""
         only = [name for name, each in self._parameters.items() if each.kind is each.POSITIONAL_ONLY]
         given = [options.pop(name) if name in options else self._parameters[name].default for name in only]

@@ -55,7 +55,7 @@ class Probe:
                 return torch.autocast(device_type, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))
         return nullcontext()
 
-    def logits(self, tokens: Tensor, **options: Tensor | bool) -> Tensor:
+    def logits(self, tokens: Tensor, **options: object) -> Tensor:
         """Runs the model; gives its logits, or a decoder's hidden states."""
         # With rotaries as new: if they kept the longest sequence so far, it would decide how the others are rotated.
         with as_new(self.model), states_put_back(self.model), self.autocast:
@@ -97,11 +97,7 @@ class Probe:
         packed = self.packed(self.a)
         finest = torch.promote_types(alone.dtype, torch.float32)
         error = largest(packed.to(finest) - alone.to(finest)) / max(largest(alone), torch.finfo(torch.float32).tiny)
-        eps = {torch.finfo(dtype).eps for dtype in computed.seen | {alone.dtype}}
-        # Where weights are int8, so are what they are multiplied with: bitsandbytes rounds each token's activations.
-        if any(isinstance(each, nn.Linear) and each.weight.dtype == torch.int8 for each in self.model.modules()):
-            eps.add(2.0**-7)
-        return error, min(TOLERANCE_EPS * max(eps), 0.1)
+        return error, tolerance_of(self.model, computed, alone)
 
     def loss_of_first_label(self) -> float | None:
         """Computes the loss of B alone if only its first token has a label; None if the model computes none."""
@@ -130,6 +126,15 @@ class Probe:
     def first_leak(self) -> str | None:
         """Names the first module that carries something from A to B."""
         return first_leak(self.model, self.packed, self.a, self.other_a, LENGTHS[1])
+
+
+def tolerance_of(model: nn.Module, computed: Dtypes, logits: Tensor) -> float:
+    """Returns how far packed may be from alone, relative to the largest logit, by the dtypes that were computed in."""
+    eps = {torch.finfo(dtype).eps for dtype in computed.seen | {logits.dtype}}
+    # Where weights are int8, so are what they are multiplied with: bitsandbytes rounds each token's activations.
+    if any(isinstance(each, nn.Linear) and each.weight.dtype == torch.int8 for each in model.modules()):
+        eps.add(2.0**-7)
+    return min(TOLERANCE_EPS * max(eps), 0.1)
 
 
 @contextmanager

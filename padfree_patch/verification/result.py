@@ -32,12 +32,16 @@ class Verification:
     """Name of the first module whose output at B changes with A although its input at B does not."""
     first_difference: str | None = None
     """Name of the first module that, for the same input, gives B something else in the packed row than alone."""
+    examples: int = 0
+    """How many of a given batch were compared with each alone; then the two leak probes were not made."""
     skipped: str | None = None
     """Why nothing could be measured, if so."""
 
     @property
     def isolated(self) -> bool:
-        """Says whether both leak probes came out as they must."""
+        """Says whether both leak probes came out as they must; of a given batch, whether all examples did."""
+        if self.examples:
+            return self.alone_error <= self.alone_tolerance
         return self.logit_change <= self.change_tolerance and self.leaked_gradient == 0
 
     @property
@@ -47,6 +51,8 @@ class Verification:
 
     def _not_finite(self) -> str | None:
         """Names what has NaN or infinity, so that nothing can be said; a leak that the logits show is one anyway."""
+        if self.examples:
+            return None if math.isfinite(self.alone_error) else "logits"
         if not (math.isfinite(self.logit_change) and (self.alone_refused or math.isfinite(self.alone_error))):
             return "logits"
         logits_stay = self.logit_change <= self.change_tolerance
@@ -72,16 +78,24 @@ class Verification:
         return "\n".join([f"{self.model}: {self._verdict()}", *self._figures()])
 
     def _verdict(self) -> str:
+        if self.examples:
+            return f"{self.examples} examples of a batch: " + (
+                "each as alone" if self.ok else "NOT WHAT EACH GIVES ALONE"
+            )
         if self.ok:
             return "examples do not mix"
         return "WRONG RESULT" if self.isolated else "EXAMPLES MIX"
 
     def _figures(self) -> list[str]:
         allowed = f"at most {self.change_tolerance:.3g}" if self.change_tolerance else "must be 0"
-        lines = [
-            f"  change of B's logits when A changes   {self.logit_change:.3g} ({allowed})",
-            f"  gradient of B's loss at A's embeddings {self.leaked_gradient:.3g} (must be 0)",
-        ]
+        lines = (
+            []
+            if self.examples
+            else [
+                f"  change of B's logits when A changes   {self.logit_change:.3g} ({allowed})",
+                f"  gradient of B's loss at A's embeddings {self.leaked_gradient:.3g} (must be 0)",
+            ]
+        )
         if self.alone_refused:
             lines.append(f"  not compared with alone, where upstream fails: {self.alone_refused}")
         else:

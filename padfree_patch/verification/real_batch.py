@@ -1,0 +1,64 @@
+"""verify on a packed batch of the caller's: its lengths show what short examples can't, such as windows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..batch.lengths import LENGTH_ARGUMENTS
+from ..batch.packed_batch import read_batch
+from ..batch.sequences import PackedSequences
+from ..errors import PadfreeError
+from ..wrapping.opt_in import OptIn
+from .dtypes import Dtypes
+from .probe import Probe, largest, tolerance_of
+
+
+def error_on_batch(model: nn.Module, batch: Mapping[str, object], probe: Probe) -> tuple[float, float, int]:
+    """Measures the largest difference between a packed batch and each of its examples alone, over the largest logit.
+
+    Returns it, what it may be, and how many examples there are.
+
+    Raises PadfreeError if the batch is not packed.
+    """
+    tokens = batch.get("input_ids")
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+        raise PadfreeError(f"a batch to verify must have input_ids (B, T), found {sorted(batch)}")
+    sequences = _sequences_of(tokens, batch)
+    given = _boundaries(model, batch)
+    with torch.no_grad():
+        packed = probe.logits(tokens, **given).flatten(0, 1)
+    error = size = 0.0
+    computed = Dtypes()
+    for ids, found in zip(tokens.flatten().split(list(sequences.lengths)), packed.split(list(sequences.lengths))):
+        with computed, torch.set_grad_enabled(len(ids) == min(sequences.lengths)):  # dtypes show by gradients
+            alone = probe.alone(ids[None])[0].detach()
+        finest = torch.promote_types(alone.dtype, torch.float32)
+        error = max(error, largest(found.to(finest) - alone.to(finest)))
+        size = max(size, largest(alone))
+    return error / max(size, torch.finfo(torch.float32).tiny), tolerance_of(model, computed, packed), len(sequences)
+
+
+def _sequences_of(tokens: Tensor, batch: Mapping[str, object]) -> PackedSequences:
+    positions = batch.get("position_ids")
+    read = read_batch(
+        (tokens.shape[0], tokens.shape[1]),
+        tokens.device,
+        position_ids=positions if isinstance(positions, Tensor) else None,
+        attention_mask=batch.get("attention_mask"),
+        lengths={name: batch[name] for name in LENGTH_ARGUMENTS if batch.get(name) is not None},
+    )
+    if read is None or len(read.sequences) <= tokens.shape[0]:
+        raise PadfreeError(
+            f"the batch to verify has no second example in a row; found {sorted(batch)} of shape "
+            f"{tuple(tokens.shape)}. Pass a packed batch, as a collator of padfree_patch makes it"
+        )
+    return read.sequences
+
+
+def _boundaries(model: nn.Module, batch: Mapping[str, object]) -> dict[str, object]:
+    """Returns what says where examples end: of lengths, only a patched model knows them all."""
+    names = ("position_ids", "attention_mask", *(LENGTH_ARGUMENTS if OptIn.all_in(model) else ()))
+    return {name: batch[name] for name in names if batch.get(name) is not None}
