@@ -226,8 +226,8 @@ def page(found: Cells, by_name: Sequence[str]) -> str:
         "- **upstream fails**: transformers itself cannot run the unpatched model. The list below says why, and where "
         "upstream fails in one of the checks only.",
         "- **refused**: `apply` refuses the model, with the reason. **wrong**: a check fails.",
-        "- empty: transformers has no such model in that version or with that implementation. **not run**: a newer patch, "
-        "on a version between the ends of an era; `nox -s matrix` without names tries it there.",
+        "- empty: transformers has no such model in that version or with that implementation. **not run**: a newer "
+        "patch, on a version between the ends of an era; `nox -s matrix` without names tries it there.",
         "",
         "flash_attention_2 ran on the CPU: transformers' own code around a stand-in for the flash-attn package, which "
         "computes in plain PyTorch (`tests/helpers/stand_ins`). `nox -s flash_attn` runs the real package.",

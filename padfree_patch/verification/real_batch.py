@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from ..batch.sequences import PackedSequences
 from ..errors import PadfreeError
 from ..wrapping.opt_in import OptIn
 from .dtypes import Dtypes
-from .probe import Probe, largest, tolerance_of
+from .probe import Probe, largest
 
 
 def error_on_batch(model: nn.Module, batch: Mapping[str, object], probe: Probe) -> tuple[float, float, int]:
@@ -28,17 +29,18 @@ def error_on_batch(model: nn.Module, batch: Mapping[str, object], probe: Probe) 
         raise PadfreeError(f"a batch to verify must have input_ids (B, T), found {sorted(batch)}")
     sequences = _sequences_of(tokens, batch)
     given = _boundaries(model, batch)
-    with torch.no_grad():
-        packed = probe.logits(tokens, **given).flatten(0, 1)
+    with probe.without_gradients():
+        packed = probe.logits(tokens, **given).detach().flatten(0, 1)
     error = size = 0.0
     computed = Dtypes()
     for ids, found in zip(tokens.flatten().split(list(sequences.lengths)), packed.split(list(sequences.lengths))):
-        with computed, torch.set_grad_enabled(len(ids) == min(sequences.lengths)):  # dtypes show by gradients
+        shortest = len(ids) == min(sequences.lengths)
+        with computed, nullcontext() if shortest else probe.without_gradients():  # dtypes show by gradients
             alone = probe.alone(ids[None])[0].detach()
         finest = torch.promote_types(alone.dtype, torch.float32)
         error = max(error, largest(found.to(finest) - alone.to(finest)))
         size = max(size, largest(alone))
-    return error / max(size, torch.finfo(torch.float32).tiny), tolerance_of(model, computed, packed), len(sequences)
+    return error / max(size, torch.finfo(torch.float32).tiny), probe.tolerance(computed, packed), len(sequences)
 
 
 def _sequences_of(tokens: Tensor, batch: Mapping[str, object]) -> PackedSequences:
