@@ -41,7 +41,7 @@ full_asked_for = False
 SECONDS = Path(".nox", "seconds.txt")  # how long each session took, a line each; `.ci/totals.py` prints them
 
 DISTRIBUTED = "tests/promises/test_distributed.py"
-NEWEST_ONLY = ["tests/attention/test_processors.py", "tests/tools", "tests/examples"]  # long; any version would do
+NEWEST_ONLY = ["tests/attention", "tests/tools", "tests/examples"]  # long; any version would do
 OWN_PROCESS = Path("tests", "own_process")
 """Tests that want a process of their own, or a library that the others do without."""
 # One thread per process: the models are too small for torch to fill two cores with one process.
