@@ -11,7 +11,7 @@ PATCH = Patch(
     model_type="llama4_text",
     attention="Llama4TextAttention",
     decoder="Llama4TextModel",
-    transformers=">=4.51,<5.25",
+    transformers=">=4.53,<5.25",
     tiny={
         "head_dim": 8,
         "intermediate_size_mlp": 48,

@@ -33,6 +33,8 @@ def pretend() -> None:
 
 
 def _enable(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+    if not cls._supports_flash_attn_2:  # Llama 4 until 4.52, whose chunks its kernel would not know
+        raise ValueError(f"{cls.__name__} does not support Flash Attention 2.0 yet")
     config._flash_attn_2_enabled = True  # 4.35
     config._attn_implementation = "flash_attention_2"
     return config
