@@ -103,6 +103,6 @@ def test_every_patch_has_its_row_in_the_support_table(patch):
             continue
         assert words <= {"exact", "native-exact", "upstream fails", "absent"}, version
         if not versions.inside(versions.Version(version), patch.transformers):
-            assert words == {"absent"}, version
+            assert words <= {"absent", "upstream fails"}, version
         elif (patch.model_type, version) != ("olmo", "5.4.0"):  # whose config upstream can't build
             assert words & {"exact", "native-exact"}, version
