@@ -280,5 +280,7 @@ def gpu(session: nox.Session) -> None:
     python, uv = str(shutil.which("python3")), str(Path(sys.executable).with_name("uv"))
     offline = ["--no-deps", "--no-build-isolation", "--offline", "--quiet"]
     session.run(uv, "pip", "install", "--python", python, *offline, "-e", ".", external=True)
-    session.run(python, "-m", "pytest", "tests/promises/test_gpu.py", external=True)
+    session.run(
+        python, "-m", "pytest", "tests/promises/test_gpu.py", "tests/promises/test_gpu_labelled.py", external=True
+    )
     session.run(python, "benchmarks/gpu.py", *session.posargs, external=True)

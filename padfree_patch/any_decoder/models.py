@@ -14,8 +14,11 @@ from ..errors import PadfreeError
 from ..seams.answers import answering
 from ..seams.found_ordinary import found_ordinary
 from ..seams.full_rows import look_at_call
-from ..seams.head import ignore_boundaries, mask_of_real_tokens, predicts_next_tokens, shown_columns
+from ..seams.hand_over import is_awaited, is_waiting, serve
+from ..seams.head import ignore_boundaries, mask_of_real_tokens, shown_columns
 from ..seams.kinds import Found
+from ..seams.labelled import on_labelled_tokens
+from ..seams.language_head import predicts_next_tokens
 from ..seams.model_call import concerns as concerns_model
 from ..seams.model_call import enter, proceed, seams_of, take_batch, tokens_of
 from ..seams.noise import embed_each_alone
@@ -38,17 +41,23 @@ def find(model: nn.Module, way: Way) -> Found:
 
 
 def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return find_noted(kwargs.values()) is None and concerns_model(args, kwargs)
+    return concerns_model(args, kwargs) and (find_noted(kwargs.values()) is None or is_awaited(args[0]))
 
 
 def answer(call: Call) -> Any:
+    return call.proceed() if is_waiting(call.module) else serve(call, _answer)
+
+
+def _answer(call: Call) -> Any:
+    if find_noted(call.arguments.values()) is not None:
+        return call.proceed()
     batch = _prepare(call)
     if batch is None:
         with found_ordinary(call):
-            return proceed(call)
+            return on_labelled_tokens(call, proceed)
     served = _several_rows_served(call.module, batch)
     with answering(call.module, batch), running(batch=batch), sharing_masks(), served:
-        return call.proceed()
+        return on_labelled_tokens(call, Call.proceed)
 
 
 @contextmanager
@@ -67,7 +76,7 @@ def _several_rows_served(module: nn.Module, batch: PackedBatch) -> Iterator[None
 
 
 def enter_model(call: Call) -> Any:
-    return enter(call, answer)
+    return serve(call, lambda call: enter(call, answer))
 
 
 @torch.compiler.disable

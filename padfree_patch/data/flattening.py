@@ -12,6 +12,7 @@ import torch
 
 from .. import versions
 from ..arguments import Integers, names, number_of_64_bits, whole_number
+from ..batch.labelled_rows import LabelledRows
 from ..batch.labels import IGNORED_LABEL, ignore_first_labels
 from ..batch.sequences import PackedSequences
 from ..errors import PadfreeError
@@ -57,8 +58,8 @@ class DataCollatorWithFlattening:
 
     Arguments, defaults and results are those of `transformers.DataCollatorWithFlattening` 5.23, with two differences.
     An example without tokens, with padding, or with labels of another length is an error. And beside the
-    FlashAttentionKwargs the batch holds `packed_sequences`, the lengths as Python integers, from which a patched model
-    works without reading anything back from the device.
+    FlashAttentionKwargs the batch holds `packed_sequences`, the lengths as Python integers, and `labelled_rows`, the
+    tokens that predict a label, from which a patched model works without reading anything back from the device.
 
     TRL's columns `completion_mask` and `assistant_masks` are read as TRL reads them: where one has a 0, the label
     becomes -100. Drop the column to train on every token.
@@ -75,8 +76,8 @@ class DataCollatorWithFlattening:
             it; a loss computed outside the model, as with label smoothing, does not. Use None only to match a padded
             run on Trainers 4.46 to 5.9, which divide by the number of labels and count first labels. Later ones leave
             out the first label of a row, and would count those of a packed row: None warns there.
-        return_flash_attn_kwargs: return `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`, and
-            `packed_sequences`. An unpatched model refuses or ignores them.
+        return_flash_attn_kwargs: return `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`,
+            `packed_sequences` and `labelled_rows`. An unpatched model refuses or ignores them.
         return_seq_idx: return `seq_idx`, the number of the example that a token belongs to, int32 (1, T).
         position_ids_start: position of each example's first token.
         pad_to_multiple_of: lengthen the row to a multiple of it by one more sequence, of padding, with labels -100. The
@@ -159,15 +160,18 @@ class DataCollatorWithFlattening:
         padding = -sum(lengths) % (self.pad_to_multiple_of or 1)
         sequences = PackedSequences.from_lengths([*lengths, padding] if padding else lengths, padding=padding)
         separator = self.separator_id if separator_id is None else number_of_64_bits(separator_id, "separator_id")
+        row_labels = _joined_labels(labels, lengths, padding, separator)
         batch: dict[str, object] = {
             "input_ids": join_row(tokens, padding, self.pad_token_id),
-            "labels": _joined_labels(labels, lengths, padding, separator),
+            "labels": row_labels,
             **self._boundaries(sequences),
             **self._more_fields(features, [len(each) for each in tokens], padding),
         }
         batch = as_tensors(batch, return_tensors or self.return_tensors)
         if self.return_flash_attn_kwargs or padding:  # of which nothing else tells
             batch["packed_sequences"] = sequences
+        if self.return_flash_attn_kwargs:
+            batch["labelled_rows"] = LabelledRows.of(torch.from_numpy(row_labels), sequences)
         return batch
 
     def _count_that_fit(self, lengths: list[int]) -> int:

@@ -15,10 +15,12 @@ from ..adapters import check_adapters
 from ..errors import PadfreeError
 from ..registry import Patch, patch_for
 from ..seams.decoder import IMPLEMENTATIONS
+from ..seams.labelled import check_logits
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import installed
 from .found import apply_found
 from .later import verify_later
+from .logits import compute_logits
 from .plan import enter_patch
 from .state import State, remove_unused
 
@@ -27,7 +29,7 @@ __all__ = ["IMPLEMENTATIONS", "applied", "apply", "is_applied", "places", "resto
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
+def apply(model: Model, *, backend: str = "auto", verify: bool = True, logits: str = "all") -> Model:
     """Makes `model` train each example of a packed batch as if it stood alone. Changes nothing else about it.
 
     Args:
@@ -35,13 +37,19 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
         backend: "auto" takes the fastest that can do what a call needs; see `padfree_patch.attention.BACKENDS`.
         verify: check on the model itself that examples do not mix (`padfree_patch.verify`). A model that no patch is
             registered for is entered in the first way that passes this check.
+        logits: which logits a training forward with labels computes, packed or padded. "all" is upstream's (B, T, V).
+            "labelled" computes those of the N tokens that predict a label, and of a row of zeros: the output's `logits`
+            are (1, N + 1, V). "chunked" computes them 1,024 rows at a time, and again in the backward; the output has
+            no `logits`. Loss and gradients are the same. In eval mode, without gradients or labels, and where the loss
+            is not upstream's, all are computed.
 
-    Returns the same object. Applying twice is applying once, with the newer backend.
+    Returns the same object. Applying twice is applying once, with the newer backend and logits.
 
     Raises PadfreeError, with the model as it was, if no way is right for it, upstream's code is not what its patch was
-    made for, or the check finds that examples still mix (`LeakError`).
+    made for, the check finds that examples still mix (`LeakError`), or loss or gradients with these logits are others.
     """
     attention.check_name(backend)
+    check_logits(logits)
     patch = patch_for(model)
     check_adapters(model)
     before = State(model)
@@ -55,6 +63,7 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True) -> Model:
             verified = _apply_patch(model, patch, before, backend, verify=verify)
         if patch is not None:
             _report_if_untested(patch, verified=verified)
+        compute_logits(model, logits, check=verified)
         _remember(model, verify=verify, verified=verified)
     except BaseException:
         before.put_back()
@@ -71,10 +80,10 @@ def restore(model: Model) -> Model:
 
 
 @contextmanager
-def applied(model: Model, *, backend: str = "auto", verify: bool = True) -> Iterator[Model]:
+def applied(model: Model, *, backend: str = "auto", verify: bool = True, logits: str = "all") -> Iterator[Model]:
     """Applies, and restores at the end, also after an error. A model that was patched before stays as it was then."""
     before = State(model)
-    apply(model, backend=backend, verify=verify)
+    apply(model, backend=backend, verify=verify, logits=logits)
     try:
         yield model
     finally:

@@ -13,6 +13,7 @@ from ..errors import PadfreeError
 from ..models import implementation_of, pretrained_modules
 from ..registry import Patch, found_by_check, patch_for
 from ..seams.kernel import recording_windows
+from ..seams.labelled import logits_of
 from ..seams.rotary import depends_on_length
 from ..verification import Verification
 from . import applied, is_applied, places, support, way_of
@@ -31,6 +32,8 @@ class Explanation:
     """Attention implementation that the model was loaded with."""
     patched: bool
     """Whether the model is patched now."""
+    logits: str = "all"
+    """Which logits a training forward with labels computes (`apply(logits=)`)."""
     refused: str | None = None
     """Why apply would refuse the model, if so."""
     way: str = ""
@@ -76,9 +79,17 @@ class Explanation:
         if any(self.windows):
             shown = ", ".join(str(window or "all") for window in self.windows)
             lines.append(f"  tokens that a query sees, per layer: {shown}")
+        if self.logits != "all":
+            lines.append(f"  training forwards with labels: {_LOGITS[self.logits]}")
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  apply wraps {place}" for place in self.places]
         return "\n".join(lines)
+
+
+_LOGITS = {
+    "labelled": "logits of the N tokens that predict a label, and a row of zeros, (1, N + 1, vocabulary)",
+    "chunked": "no logits; loss and gradients are computed in chunks of the tokens that predict a label",
+}
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -96,6 +107,7 @@ def explain(model: nn.Module) -> Explanation:
         "transformers": str(versions.transformers_version()),
         "implementation": implementation_of(config),
         "patched": is_applied(model),
+        "logits": logits_of(model),
     }
     try:
         patch = patch_for(model)

@@ -18,8 +18,9 @@ from ..registry import Patch
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import Seam
-from .head import ignore_boundaries, predicts_next_tokens
+from .head import ignore_boundaries
 from .kinds import Found
+from .language_head import predicts_next_tokens
 from .model_call import batch_of_call, check_what_is_new, has_something_new
 from .model_call import concerns as may_be_packed
 

@@ -16,6 +16,7 @@ from ..registry import Patch
 from ..wrapping.call import Call
 from .answers import answering, check_head_not_passed_by
 from .full_rows import look_at_call
+from .hand_over import serve
 from .kinds import Found, check_class_found, check_takes
 from .model_call import enter, proceed, seams_of, take_batch, tokens_of
 from .noise import embed_each_alone
@@ -39,6 +40,10 @@ def find(model: nn.Module, patch: Patch) -> Found:
 
 
 def answer(call: Call) -> Any:
+    return serve(call, _answer)
+
+
+def _answer(call: Call) -> Any:
     batch = _prepare(call)
     if batch is None:
         return proceed(call)
@@ -48,7 +53,7 @@ def answer(call: Call) -> Any:
 
 
 def enter_decoder(call: Call) -> Any:
-    return enter(call, answer)
+    return serve(call, lambda call: enter(call, answer))
 
 
 @torch.compiler.disable

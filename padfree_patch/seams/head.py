@@ -17,7 +17,10 @@ from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import original_of
 from .answers import answering
 from .found_ordinary import found_ordinary
+from .hand_over import is_waiting
 from .kinds import Found, check_takes
+from .labelled import on_labelled_tokens
+from .language_head import predicts_next_tokens
 from .model_call import enter, proceed, seams_of, take_batch
 
 NAME = "head"
@@ -42,9 +45,11 @@ def shown_columns(head: type[Any]) -> tuple[str, ...]:
 
 
 def answer(call: Call) -> Any:
+    if is_waiting(call.module):
+        return call.proceed()
     batch = _prepare(call)
     with found_ordinary(call) if batch is None else answering(call.module, batch):
-        return proceed(call)
+        return on_labelled_tokens(call, proceed)
 
 
 def enter_head(call: Call) -> Any:
@@ -66,20 +71,6 @@ def _prepare(call: Call) -> PackedBatch | None:
     if predicts_next_tokens(module):
         ignore_boundaries(arguments, batch)
     return batch
-
-
-def predicts_next_tokens(head: nn.Module) -> bool:
-    """Whether a head's labels say what follows each token; those of a token classifier are about the token itself.
-
-    So are those of BART's kin as decoders, whose loss shifts nothing.
-    """
-    opt_in = OptIn.of(head)
-    if opt_in is not None and opt_in.reads_first_label:
-        return False
-    return any(base.__name__.endswith(_PREDICT_NEXT) for base in type(head).__mro__)
-
-
-_PREDICT_NEXT = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def mask_of_real_tokens(mask: object, batch: PackedBatch) -> Tensor | None:

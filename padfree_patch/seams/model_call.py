@@ -18,6 +18,7 @@ from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import Answer, Concerns, Seam, is_wrapper, original_of
 from .found_ordinary import is_found_ordinary
 from .full_rows import look_at_bare_call, settle
+from .hand_over import is_awaited
 from .jump import say_jump
 from .stand_in import is_stand_in
 from .tracing import check_not_traced, is_exporting, is_jit_tracing, readable, reading
@@ -33,7 +34,12 @@ def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     Looks at no values, and is traced by torch.compile: ordinary calls stay one graph. A decoder's call that already
     carries our stand-in passes too: an outer wrapper of ours has prepared it.
     """
-    if OptIn.of(args[0]) is None or is_stand_in(kwargs.get("attention_mask")) or is_exporting():
+    opt_in = OptIn.of(args[0])
+    if opt_in is None or is_exporting():
+        return False
+    if opt_in.logits != "all" and (kwargs.get("labels") is not None or is_awaited(args[0])):
+        return True
+    if is_stand_in(kwargs.get("attention_mask")):
         return False
     tokens = args[1] if len(args) > 1 else kwargs.get("input_ids")
     if tokens is not None and not isinstance(tokens, Tensor):

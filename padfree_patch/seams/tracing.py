@@ -25,6 +25,11 @@ _TracerWarning: type[Warning] = torch.jit.TracerWarning  # type: ignore[attr-def
 _functorch = torch._C._functorch
 
 
+def is_transforming() -> bool:
+    """Whether a transform of torch.func is under way, or torch.jit.trace, so that nothing may depend on values."""
+    return bool(_functorch.peek_interpreter_stack()) or bool(is_jit_tracing())
+
+
 class Readable(NamedTuple):
     """What says where examples end, below the transforms that are under way."""
 
@@ -50,7 +55,7 @@ def readable(tokens: Tensor, position_ids: Tensor | None, attention_mask: object
 @contextmanager
 def reading() -> Iterator[None]:
     """Runs the reading of a batch, of which transforms and tracers see nothing."""
-    if not _functorch.peek_interpreter_stack() and not is_jit_tracing():
+    if not is_transforming():
         yield
         return
     with torch._C._DisableFuncTorch(), warnings.catch_warnings():

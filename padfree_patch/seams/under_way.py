@@ -17,6 +17,7 @@ from ..batch.packed_batch import PackedBatch
 
 if TYPE_CHECKING:
     from .answers import Answers
+    from .hand_over import Handed
     from .kernel import PackedKernel
 
 
@@ -26,12 +27,16 @@ class _UnderWay(threading.local):
     generating: frozenset[int] = frozenset()
     answers: Answers | None = None
     masks: dict[Hashable, Any] | None = None
+    handed: Handed | None = None
+    logits: tuple[str, int] | None = None
 
 
 under_way = _UnderWay()
 """Its `batch` is the one whose rotary runs; its `kernel` the one that flash-attn would be called for; `generating` has
 the ids of the modules of models that generate; `answers` say who has answered in the innermost packed forward; `masks`
-are those that were made in it for single sequences, which all layers share as they share upstream's."""
+are those that were made in it for single sequences, which all layers share as they share upstream's; `handed` is what a
+head on labelled tokens waits for from the decoder that it calls; `logits` says, while `verify` compares them, which
+logits heads compute, and in chunks of how many rows."""
 
 
 @contextmanager

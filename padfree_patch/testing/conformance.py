@@ -15,6 +15,7 @@ from .checks import (
     check_two_forwards,
     syncs_of,
 )
+from .labelled import check_labelled_logits, completions
 from .models import checkpointing
 from .oracle import (
     GRADIENT_TOLERANCE,
@@ -45,12 +46,14 @@ __all__ = [
     "check_cost",
     "check_gradients",
     "check_isolation",
+    "check_labelled_logits",
     "check_logits",
     "check_ordinary_calls",
     "check_router_losses",
     "check_rows",
     "check_two_forwards",
     "checkpointing",
+    "completions",
     "largest",
     "logits_alone",
     "ordinary_results",

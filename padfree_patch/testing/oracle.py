@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..batch.labels import IGNORED_LABEL
+
 Make = Callable[[], nn.Module]
 """Makes a causal language model, the same one on every call."""
 
@@ -38,16 +40,22 @@ def _logits_of_one(make: Make, tokens: Tensor) -> Tensor:
         return logits[:, :1]
 
 
-def alone_loss_and_gradients(make: Make, sequences: Sequence[Tensor]) -> tuple[float, dict[str, Tensor]]:
-    """Returns the mean loss over all predicted tokens of the examples, each run alone, and its gradients by name."""
-    predicted = sum(each.shape[1] - 1 for each in sequences)
+def alone_loss_and_gradients(
+    make: Make, sequences: Sequence[Tensor], labels: Sequence[Tensor] | None = None
+) -> tuple[float, dict[str, Tensor]]:
+    """Returns the mean loss over all predicted labels of the examples, each run alone, and its gradients by name.
+
+    The labels are the tokens themselves, unless others are given.
+    """
+    labels = sequences if labels is None else labels
+    counts = [int((each[:, 1:] != IGNORED_LABEL).sum()) for each in labels]
     loss = 0.0
     gradients: dict[str, Tensor] = {}
-    for each in sequences:
-        if each.shape[1] == 1:
+    for each, its_labels, predicted in zip(sequences, labels, counts):
+        if not predicted:
             continue  # nothing to predict, and upstream's mean over no tokens is NaN
         model = make().train()
-        weighted = model(**as_batch(each), labels=each).loss * (each.shape[1] - 1) / predicted
+        weighted = model(**as_batch(each), labels=its_labels).loss * predicted / sum(counts)
         weighted.backward()
         loss += weighted.item()
         add_gradients(gradients, gradients_of(model))

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from ..models import pretrained_modules
 from ..registry import registry
+from ..seams.labelled import logits_of
 from .dtypes import autocast_around
+from .labelled import Comparison, compare_logits
 from .probe import LENGTHS, TOLERANCE_EPS, Probe, largest
 from .real_batch import error_on_batch
 from .result import Verification
@@ -27,6 +29,7 @@ from .untouched import untouched, unwrapped, why_it_cannot_run
 __all__ = [
     "LENGTHS",
     "Verification",
+    "compare_with_all_logits",
     "reads_first_label",
     "rounding_of_neighbours",
     "run_alone",
@@ -87,6 +90,7 @@ def _measure(name: str, model: nn.Module, probe: Probe) -> Verification:
     error, tolerance = (math.nan, math.nan) if refused else probe.alone_error()
     allowed = rounding_of_neighbours(model, probe.packed(probe.a))
     leaks = change > allowed or gradient != 0
+    labelled = Comparison() if (logits := logits_of(model)) == "all" else compare_logits(probe, logits)
     return Verification(
         model=name,
         logit_change=change,
@@ -95,9 +99,21 @@ def _measure(name: str, model: nn.Module, probe: Probe) -> Verification:
         alone_error=error,
         alone_tolerance=tolerance,
         alone_refused=refused,
+        labelled_error=labelled.error,
+        labelled_tolerance=labelled.tolerance,
+        labelled_failed=labelled.failed,
         first_leak=probe.first_leak() if leaks else None,
         first_difference=probe.first_difference() if not leaks and error > tolerance else None,
     )
+
+
+def compare_with_all_logits(model: nn.Module) -> Comparison:
+    """Measures how far loss and gradients are from those with all logits, of a model that computes some only.
+
+    On the probe's packed row, with everything put back as `verify` does.
+    """
+    with untouched(model), torch.inference_mode(False), torch.enable_grad():
+        return compare_logits(Probe(unwrapped(model)), logits_of(model))
 
 
 def rounding_of_neighbours(model: nn.Module, logits: Tensor) -> float:

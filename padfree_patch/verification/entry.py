@@ -65,16 +65,13 @@ class Entry:
         shapes = ", ".join(str(tuple(each.shape)) for each in results) or "none"
         raise self._refusal(f"gives, for tokens of shape {tuple(tokens.shape)}, tensors of other shapes: {shapes}")
 
-    def loss(self, tokens: Tensor, labels: Tensor) -> float | None:
-        """Returns the loss that the model computes of labels (1, T); None if it computes none."""
-        if "labels" not in self._parameters:
+    def loss(self, tokens: Tensor, labels: Tensor, **options: Tensor | bool) -> Tensor | None:
+        """Returns the loss () that the model computes of labels (1, T), or None if none. Fills `embeddings`."""
+        if not self._takes("labels"):
             return None
-        try:
-            output = self._run(tokens, {"labels": labels})
-        except Exception:  # upstream's own, such as of a head that wants other labels
-            return None
+        output = self._run(tokens, {**self._accepted(options, tokens.device), "labels": labels})
         loss = output.get("loss") if isinstance(output, dict) else None
-        return float(loss) if isinstance(loss, Tensor) and loss.dim() == 0 else None
+        return loss if isinstance(loss, Tensor) and loss.dim() == 0 else None
 
     def _accepted(self, options: dict[str, object], device: torch.device) -> dict[str, object]:
         """Returns what the forward takes; positions that it does not take become segment numbers in the mask."""

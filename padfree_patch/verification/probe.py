@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..batch.labels import IGNORED_LABEL
 from ..models import pretrained_modules
 from ..seams.model_call import needs_rows
 from ..seams.rotary import as_new
@@ -144,7 +145,31 @@ class Probe:
         labels = torch.full_like(self.b, -100)
         labels[0, 0] = self.b[0, 0]
         with self.autocast:
-            return self._entry.loss(self.b, labels)
+            try:
+                loss = self._entry.loss(self.b, labels)
+            except Exception:  # upstream's own, such as of a head that wants other labels
+                return None
+        return None if loss is None else float(loss)
+
+    def loss_and_gradients(self) -> tuple[Tensor, list[Tensor]] | None:
+        """Runs A and B in one row, some of whose tokens have labels.
+
+        Returns the loss (), and its gradients at the embeddings and at the head's parameters that are trained; None if
+        the model computes no loss.
+        """
+        tokens = torch.cat([self.a, self.b], dim=1)
+        labels = tokens.clone()
+        labels[:, :4] = labels[:, 12] = IGNORED_LABEL
+        trained = [each for each in _head_parameters(self.model) if each.requires_grad]
+        with _frozen(self.model), as_new(self.model), states_put_back(self.model), self.autocast:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            loss = self._entry.loss(tokens, labels, position_ids=self.positions)
+            if loss is None:
+                return None
+            loss.backward()
+            leaves = [*self._entry.embeddings, *trained]
+            return loss.detach(), [each.grad for each in leaves if each.grad is not None]
 
     def change_by_later_token(self) -> float:
         """Measures how far the outputs of A change before a token that is another one: its last, or its second.
@@ -181,6 +206,16 @@ def _frozen(model: nn.Module) -> Iterator[None]:
         for parameter, trained, gradient in before:
             parameter.requires_grad_(trained)
             parameter.grad = gradient
+
+
+def _head_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters of the module that makes logits, with what PEFT has put into it."""
+    outermost: Any = pretrained_modules(model)[0]
+    try:
+        head = outermost.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return []
+    return list(head.parameters()) if isinstance(head, nn.Module) else []
 
 
 def largest(values: Tensor) -> float:

@@ -34,6 +34,12 @@ class Verification:
     """Name of the first module that, for the same input, gives B something else in the packed row than alone."""
     examples: int = 0
     """How many of a given batch were compared with each alone; then the two leak probes were not made."""
+    labelled_error: float = math.nan
+    """Largest relative difference of loss and gradients from those with all logits; NaN if all are computed."""
+    labelled_tolerance: float = math.nan
+    """What `labelled_error` may be in the model's dtype."""
+    labelled_failed: str | None = None
+    """The error of a call that computes the logits of labelled tokens only, if it raises one."""
     skipped: str | None = None
     """Why nothing could be measured, if so."""
 
@@ -60,8 +66,17 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Says whether examples do not mix and each gives what it gives alone."""
+        """Says whether examples do not mix, each gives what it gives alone, and labelled logits what all give."""
+        return self._exact and self._labelled_exact
+
+    @property
+    def _exact(self) -> bool:
         return self.isolated and (bool(self.alone_refused) or self.alone_error <= self.alone_tolerance)
+
+    @property
+    def _labelled_exact(self) -> bool:
+        compared = not math.isnan(self.labelled_tolerance)
+        return self.labelled_failed is None and (not compared or self.labelled_error <= self.labelled_tolerance)
 
     def __bool__(self) -> bool:
         return self.ok
@@ -101,6 +116,11 @@ class Verification:
         else:
             allowed = f"at most {self.alone_tolerance:.3g}"
             lines.append(f"  packed against alone, relative         {self.alone_error:.3g} ({allowed})")
+        if self.labelled_failed:
+            lines.append(f"  with logits of labelled tokens         {self.labelled_failed}")
+        elif not math.isnan(self.labelled_tolerance):
+            allowed = f"at most {self.labelled_tolerance:.3g}"
+            lines.append(f"  loss and gradients, labelled and all   {self.labelled_error:.3g} ({allowed})")
         if self.first_leak:
             lines.append(f"  first module that leaks                {self.first_leak}")
         if self.first_difference:
@@ -135,6 +155,8 @@ class Verification:
             return PadfreeError, f"gives {what} that are not finite"
         if not self.isolated:
             return LeakError, "does not isolate its examples"
+        if self._exact:
+            return PadfreeError, "gives another loss with the logits of labelled tokens only than with all"
         return LeakError, "isolates its examples, but does not give what each gives alone"
 
     def raise_if_leaking(self) -> None:

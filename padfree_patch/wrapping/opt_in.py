@@ -44,6 +44,8 @@ class OptIn:
         """Classes inside of layers that gradient checkpointing must not run again: their batch would be gone."""
         self.reads_first_label = False
         """Of a model around a decoder: whether its loss takes labels as they are, not as what follows each token."""
+        self.logits = "all"
+        """Which logits a training forward with labels computes: "all", those of "labelled" tokens, or "chunked"."""
         self.set_aside: dict[str, Any] = {}
         """What stood in the module's `__dict__` and would have gone past the patched class."""
         self.check: Callable[[nn.Module], None] | None = None
@@ -110,13 +112,13 @@ class OptIn:
         twin = OptIn(self.model_type, self.backend, self.seams, self.layers)
         twin.check, twin.pending, twin.checked = self.check, self.pending, copy.deepcopy(self.checked, memo)
         twin.way, twin.not_recomputed, twin.unproven = self.way, self.not_recomputed, self.unproven
-        twin.reads_first_label = self.reads_first_label
+        twin.reads_first_label, twin.logits = self.reads_first_label, self.logits
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         seams = tuple(seam.by_name() for seam in self.seams)
         saved_with = str(versions.transformers_version())
-        kept = ("check", "pending", "unproven", "way", "not_recomputed", "reads_first_label")
+        kept = ("check", "pending", "unproven", "way", "not_recomputed", "reads_first_label", "logits")
         state = {name: getattr(self, name) for name in kept}
         return _unpickle, (self.model_type, self.backend, seams, self.layers, saved_with), state
 

@@ -63,11 +63,13 @@ def padding(features):
     return {"input_ids": padded, "attention_mask": mask, "labels": labels}
 
 
-def trained(model, tokenizer, folder, collator, dataset, *, patched, batch_size=4, callbacks=(), **options):
+def trained(
+    model, tokenizer, folder, collator, dataset, *, patched, logits="all", batch_size=4, callbacks=(), **options
+):
     """What it came to, and the trainer."""
     model = copy.deepcopy(model)
     if patched:
-        apply(model)
+        apply(model, logits=logits)
     takes = inspect.signature(SFTConfig).parameters
     length = {"max_length": None} if "max_length" in takes else {"max_seq_length": 512}
     config = SFTConfig(
@@ -137,6 +139,20 @@ def test_sft_on_completions_only_trains_like_padded(model, tokenizer, tmp_path, 
     collator = DataCollatorForCompletionOnlyLM([85, 86], tokenizer=tokenizer, padding_free=True)
     packed, _ = trained(model, tokenizer, tmp_path, collator, texts, patched=True)
     assert_same_training(packed, padded, model.parameters(), measured, "SFTTrainer, completions only", library="trl")
+
+
+@pytest.mark.parametrize("logits", ["labelled", "chunked"])
+def test_labelled_logits_train_like_padded(model, tokenizer, tmp_path, measured, logits):
+    """From TRL 1.7 on its own fused head computes labelled tokens only, which is left to it, if nobody reads chunks."""
+    texts = data(response=[85, 86])
+
+    def answers(features):
+        return padding([{**each, "labels": [-100] * 3 + each["input_ids"][3:]} for each in features])
+
+    padded, _ = trained(model, tokenizer, tmp_path, answers, texts, patched=False)
+    collator = DataCollatorForCompletionOnlyLM([85, 86], tokenizer=tokenizer, padding_free=True)
+    packed, _ = trained(model, tokenizer, tmp_path, collator, texts, patched=True, logits=logits)
+    assert_same_training(packed, padded, model.parameters(), measured, f"SFTTrainer, {logits} logits", library="trl")
 
 
 def test_callback_counts_the_examples_of_packed_rows_in_sft(model, tokenizer, tmp_path):

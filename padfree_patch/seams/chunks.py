@@ -1,0 +1,122 @@
+"""The head and the loss in chunks of labelled tokens: never the logits of all of them in memory.
+
+The decoder runs once. The head's own forward then runs for each chunk, inside non-reentrant checkpointing, with a
+decoder that answers with the chunk's rows. What upstream's loss adds beside the cross entropy, such as a router's loss,
+is the same in every chunk, and counted once, because the weights of the chunks add up to one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..batch.labels import IGNORED_LABEL
+from ..errors import PadfreeError
+from ..wrapping.call import Call
+from ..wrapping.seam import is_wrapper
+from .hand_over import Answer, LabelledTokens, Selected, ended_by_zeros, handing_over, with_hidden_states
+
+_LABELS = ("labels", "shift_labels")
+
+
+class _Kept(Selected):
+    """The hidden states of the labelled tokens, which are kept; the head gets the row of zeros alone."""
+
+    output: Any = None
+    """What the decoder gave, with that row in the place of its hidden states."""
+    rows: Tensor
+    """(N, D)."""
+
+    def serve(self, call: Call, answer: Answer) -> Any:
+        output = answer(call)
+        self.rows = self.select(call, output)
+        self.output = with_hidden_states(output, ended_by_zeros(self.rows[:0]))
+        return self.output
+
+
+class _Given(Selected):
+    """Some rows of what was kept: no decoder runs."""
+
+    def __init__(self, kept: _Kept, rows: Tensor):
+        super().__init__(kept.head, kept.tokens)
+        self._output, self._rows = kept.output, rows
+
+    def serve(self, call: Call, answer: Answer) -> Any:
+        return with_hidden_states(self._output, ended_by_zeros(self._rows))
+
+
+def in_chunks(call: Call, tokens: LabelledTokens, size: int, run: Callable[[Call], Any]) -> Any:
+    """Calls upstream's head on chunks of some labelled tokens at a time; returns its output, without logits.
+
+    Args:
+        call: of the head.
+        tokens: those that predict a label.
+        size: of a chunk.
+        run: calls upstream.
+
+    Raises PadfreeError if somebody has put another forward on the instance, which may not be called again and again.
+    """
+    _check_forward(call.module)
+    if len(tokens.rows) <= size:
+        with handing_over(Selected(call.module, tokens)):
+            return _without_logits(run(call.changed(**tokens.arguments())))
+    kept = _Kept(call.module, tokens)
+    with handing_over(kept):
+        result = run(call.changed(**dict.fromkeys(name for name in _LABELS if name in call.arguments)))
+    return _without_logits(result, loss=_summed(call, kept, size))
+
+
+def _check_forward(head: nn.Module) -> None:
+    if not is_wrapper(head.forward):
+        own = head.forward
+        name = f"{getattr(own, '__module__', '')}.{getattr(own, '__qualname__', type(own).__name__)}"
+        raise PadfreeError(
+            f"{type(head).__name__}.forward was replaced by {name}, which logits='chunked' would call for every chunk; "
+            "call padfree_patch.apply(model) with logits='labelled' (a fused loss, as Liger's, makes no logits either)"
+        )
+
+
+def _summed(call: Call, kept: _Kept, size: int) -> Tensor:
+    """Returns the loss over all chunks."""
+    labelled = (kept.tokens.targets != IGNORED_LABEL).sum().float()
+    items = call.arguments.get("num_items_in_batch")
+    tokens = kept.tokens
+
+    def loss_of(rows: Tensor, targets: Tensor) -> Tensor:
+        share = (targets != IGNORED_LABEL).sum() / labelled
+        some = share > 0  # labels may have been taken out after the collator found them
+        given = call.changed(**tokens.arguments(targets))
+        if items is not None:  # upstream divides the sum by it; here by its part, and the weight makes up for that
+            given.arguments["num_items_in_batch"] = items * torch.where(some, share, 1.0).to(_device_of(items, share))
+        with handing_over(_Given(kept, rows)):
+            loss = _loss_of(given.proceed())
+        share = share.to(loss.device, loss.dtype)
+        return torch.where(some.to(loss.device), loss * share, loss.new_zeros(()))
+
+    total: Tensor | None = None
+    for rows, targets in zip(kept.rows.split(size), tokens.targets.split(size)):
+        loss = checkpoint(loss_of, rows, targets, use_reentrant=False)
+        total = loss if total is None else total + loss
+    assert total is not None
+    return total
+
+
+def _device_of(items: object, other: Tensor) -> torch.device:
+    return items.device if isinstance(items, Tensor) else other.device
+
+
+def _loss_of(result: Any) -> Tensor:
+    loss: Tensor = result["loss"] if isinstance(result, dict) else result[0]
+    return loss
+
+
+def _without_logits(result: Any, **changed: Tensor) -> Any:
+    """Returns a head's output without logits, which are of some rows only; those of a tuple stay."""
+    if isinstance(result, dict):
+        kept = {name: value for name, value in result.items() if name != "logits"}
+        return type(result)(**{**changed, **kept, **changed})
+    return (*changed.values(), *result)
