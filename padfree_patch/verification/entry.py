@@ -65,7 +65,7 @@ class Entry:
         shapes = ", ".join(str(tuple(each.shape)) for each in results) or "none"
         raise self._refusal(f"gives, for tokens of shape {tuple(tokens.shape)}, tensors of other shapes: {shapes}")
 
-    def loss(self, tokens: Tensor, labels: Tensor, **options: Tensor | bool) -> Tensor | None:
+    def loss(self, tokens: Tensor, labels: Tensor, **options: object) -> Tensor | None:
         """Returns the loss () that the model computes of labels (1, T), or None if none. Fills `embeddings`."""
         if not self._takes("labels"):
             return None
