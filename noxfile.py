@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import shutil
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 import nox
 
 sys.path.append(str(Path(__file__).parent / "tools"))
+import uv_places
 from pins import (
     BESIDE,
     BITSANDBYTES,
@@ -22,6 +22,7 @@ from pins import (
     FLASH_ATTN_ON_CPU,
     TORCH,
     TRL,
+    TWINE,
     TWO_PROCESSES,
     VERSIONS,
     WHOLE,
@@ -33,15 +34,14 @@ nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"
 nox.options.tags = ["ci"]  # what `make test` runs
 
-# uv does not read pip's PIP_FIND_LINKS; pip separates places by spaces, uv by commas.
-if places := os.environ.get("PIP_FIND_LINKS"):
-    os.environ.setdefault("UV_FIND_LINKS", ",".join(places.split()))
+uv_places.prepare()
 
 full_asked_for = False
 SECONDS = Path(".nox", "seconds.txt")  # how long each session took, a line each; `.ci/totals.py` prints them
 
 DISTRIBUTED = "tests/promises/test_distributed.py"
 NEWEST_ONLY = ["tests/attention", "tests/tools", "tests/examples"]  # long; any version would do
+OF_SDIST = ["tests/test_layout.py", "tests/test_registry.py", "tests/docs/test_links.py"]
 OWN_PROCESS = Path("tests", "own_process")
 """Tests that want a process of their own, or a library that the others do without."""
 # One thread per process: the models are too small for torch to fill two cores with one process.
@@ -78,18 +78,25 @@ def lint(session: nox.Session) -> None:
 @nox.session(tags=["ci"])
 @timed
 def wheel(session: nox.Session) -> None:
-    """The built package works without the repository: wheel_check.py in a new environment elsewhere."""
+    """The built package works without the repository: wheel_check.py and some tests of the sdist, elsewhere."""
     check = (OWN_PROCESS / "wheel_check.py").resolve()
+    session.install(TWINE)
     with tempfile.TemporaryDirectory() as folder:
         away = Path(folder)
         # The sdist, and the wheel from it: a file that either lacks shows, and no stale build/ gets in.
         session.run("uv", "build", "--quiet", "--out-dir", folder)
+        session.run("twine", "check", "--strict", *map(str, away.glob("padfree_patch*")))
         session.run("uv", "venv", "--quiet", "--python", sys.executable, str(away / "venv"))
         python = str(away / "venv" / "bin" / "python")
         packages = [*map(str, away.glob("*.whl")), TORCH, f"transformers=={VERSIONS[-1]}"]
         session.run("uv", "pip", "install", "--quiet", "--python", python, *packages)
         with session.chdir(away):
             session.run(python, "-I", str(check), external=True)  # -I: nothing else on sys.path
+        (sdist,) = away.glob("*.tar.gz")
+        shutil.unpack_archive(sdist, away, filter="data")
+        session.run("uv", "pip", "install", "--quiet", "--python", python, *(f"{each}[test]" for each in packages[:1]))
+        with session.chdir(away / sdist.name.removesuffix(".tar.gz")):
+            session.run(python, "-I", "-m", "pytest", "-q", *OF_SDIST, external=True, env=ALONE)
 
 
 @nox.session
@@ -230,6 +237,12 @@ def eras(session: nox.Session) -> None:
 def breadth(session: nox.Session) -> None:
     """Every decoder of six transformers, or of the versions given, without a patch; adds it to docs/support.md."""
     session.run(*ON_VERSIONS, "--breadth", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+def ways(session: nox.Session) -> None:
+    """What transformers does unpatched, by way of calling, on every minor or those given; writes docs/upstream.md."""
+    session.run(*ON_VERSIONS, "--ways", *session.posargs, external=True)
 
 
 @nox.session

@@ -38,7 +38,7 @@ def test_verify_tells_by_its_exit_code():
 def test_explain_in_text_and_json():
     text, as_json = run("explain", "llama", "--tiny"), run("explain", "llama", "--tiny", "--json")
     assert text.exit_code == as_json.exit_code == 0
-    assert "upstream alone: EXAMPLES MIX" in text.output
+    assert "upstream alone, model(**batch): EXAMPLES MIX" in text.output
     assert "after apply: examples do not mix" in text.output
     found = json.loads(as_json.output)
     assert found["now"]["first_leak"] == "model.layers.0.self_attn"

@@ -13,7 +13,7 @@ PACKAGE = Path(padfree_patch.__file__).parent
 
 ALLOWED = {
     "batch": {"arguments", "batch", "errors", "versions"},
-    "data": {"arguments", "data", "batch", "errors", "versions"},
+    "data": {"arguments", "data", "batch", "errors", "html_table", "versions"},
 }
 """What the files of a folder may import of this package, by its first name below `padfree_patch`."""
 

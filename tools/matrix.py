@@ -7,6 +7,7 @@ python tools/matrix.py OUTPUT.json         one version's verdicts; with --native
 python tools/matrix.py --merge FOLDER      all of them into docs/support.json, docs/support.md and the package's table
 python tools/matrix.py --compare FOLDER    fails if they are not what docs/support.json says
 python tools/matrix.py --breadth FOLDER    what tools/breadth.py wrote, into docs/breadth.json and docs/support.md
+python tools/matrix.py --ways FOLDER       what tools/upstream_ways.py wrote, into docs/upstream.json and both pages
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 import breadth_page
+import upstream_ways_page
 from helpers import flash_attention_here
 from padfree_patch import PadfreeError, patching, versions
 from padfree_patch.patching import support
@@ -207,6 +209,7 @@ def page(found: Cells, by_name: Sequence[str]) -> str:
         for variant, said in variants.items()
     ]
     counts = Counter(said.split(":")[0] for *_, said in cells)
+    by_itself = upstream_ways_page.read()
     lines = [
         "# Support",
         "",
@@ -228,6 +231,9 @@ def page(found: Cells, by_name: Sequence[str]) -> str:
         "- **refused**: `apply` refuses the model, with the reason. **wrong**: a check fails.",
         "- empty: transformers has no such model in that version or with that implementation. **not run**: a newer "
         "patch, on a version between the ends of an era; `nox -s matrix` without names tries it there.",
+        "- **upstream, ...**: how many architectures, in their default configuration, give each example's own logits "
+        "unpatched, in two ways of calling; [upstream.md](upstream.md) has the others. None is native-exact, since the "
+        "checks call `model(**batch)` too, and count the tokens x tokens masks that upstream builds.",
         "",
         "flash_attention_2 ran on the CPU: transformers' own code around a stand-in for the flash-attn package, which "
         "computes in plain PyTorch (`tests/helpers/stand_ins`). `nox -s flash_attn` runs the real package.",
@@ -243,12 +249,16 @@ def page(found: Cells, by_name: Sequence[str]) -> str:
             "",
             f"### {implementation}",
             "",
-            f"| | {' | '.join(model_types)} |",
-            "|---" * (len(model_types) + 1) + "|",
+            f"| | {' | '.join([*upstream_ways_page.HEADINGS.values(), *model_types])} |",
+            "|---" * (len(model_types) + len(upstream_ways_page.HEADINGS) + 1) + "|",
         ]
         for version, row in found.items():
             words = [summary(row[each].get(implementation, {})) if each in row else "not run" for each in model_types]
-            lines.append(f"| {version} | {' | '.join(word.replace('absent', '') for word in words)} |")
+            alone = [
+                upstream_ways_page.column(by_itself, version, implementation, way)
+                for way in upstream_ways_page.HEADINGS
+            ]
+            lines.append(f"| {version} | {' | '.join([*alone, *(word.replace('absent', '') for word in words)])} |")
     inexact: dict[tuple[str, ...], list[str]] = {}
     for version, *cell, said in cells:
         if said not in ("exact", "native-exact") and not said.startswith("absent"):
@@ -277,6 +287,9 @@ if __name__ == "__main__":
         compare(Path(sys.argv[2]))
     elif sys.argv[1] == "--breadth":
         breadth_page.merge(Path(sys.argv[2]))
+        draw()
+    elif sys.argv[1] == "--ways":
+        upstream_ways_page.merge(Path(sys.argv[2]))
         draw()
     else:
         flash_attention_here.pretend()

@@ -1,12 +1,13 @@
-"""Runs tools/matrix.py or breadth.py on many transformers, two at a time, each in an environment of its own.
+"""Runs a script of tools/ on many transformers, two at a time, each in an environment of its own.
 
-`nox -s matrix`, `eras` and `breadth` call it:
+`nox -s matrix`, `eras`, `breadth` and `ways` call it:
 
 python tools/matrix_on_versions.py --merge [TRANSFORMERS VERSION...]     all checks; with --only=A,B, of new patches
 python tools/matrix_on_versions.py --compare                             quickly, on the ends of each era
 python tools/matrix_on_versions.py --breadth [TRANSFORMERS VERSION...]   every decoder, any patch or none
+python tools/matrix_on_versions.py --ways [TRANSFORMERS VERSION...]      what upstream does unpatched, by way of calling
 
-Without versions --merge takes every minor, --breadth six. The package is the wheel that is built first.
+Without versions --merge and --ways take every minor, --breadth six. The package is the wheel that is built first.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ def run(version: str, packages: list[str], script: Sequence[str]) -> subprocess.
 
 def scripts_of(what_then: str, chosen: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Returns the script to run on each version, with its option."""
+    if what_then == "--ways":
+        return dict.fromkeys(chosen or LAST_PATCHES, ("tools/upstream_ways.py",))
     if what_then == "--breadth":
         return dict.fromkeys(chosen or OF_BREADTH, ("tools/breadth.py",))
     if what_then == "--merge":

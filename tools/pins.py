@@ -14,7 +14,7 @@ BESIDE = {
     "4.43.4": ["accelerate==0.33.0", "peft==0.12.0", *NUMPY_1],
     "4.47.1": ["accelerate==1.2.1", "peft==0.14.0", *NUMPY_1],
     "4.57.6": ["accelerate==1.12.0", "peft==0.18.0", *NUMPY_1],
-    "5.24.0": ["accelerate==1.15.0", "peft==0.21.2", "datasets", BITSANDBYTES],
+    "5.24.0": ["accelerate==1.15.0", "peft==0.21.2", "datasets", BITSANDBYTES, "ipython"],
 }
 VERSIONS = list(BESIDE)
 WHOLE = ("4.41.2", VERSIONS[-1])
@@ -22,6 +22,7 @@ WHOLE = ("4.41.2", VERSIONS[-1])
 WITHOUT_SLOW = ("4.36.2", "4.47.1")
 """Where `make test` leaves out the compiler and the killed runs: 4.41.2 has them too, 4.57.6 as the newest 4.x."""
 TWO_PROCESSES = ("4.36.2", "5.24.0")  # a minute each: test_distributed.py
+TWINE = "twine==7.0.0"
 TRL = {"4.41.2": "trl==0.9.6", "4.43.4": "trl==0.9.6", "5.24.0": "trl==1.16.0"}
 
 FLASH_ATTN_ON_CPU = {

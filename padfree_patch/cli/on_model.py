@@ -25,8 +25,9 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command()
+@click.option("--verbose", is_flag=True, help="Show also notes, backends, windows and what apply wraps.")
 @model_options
-def explain(model: str, tiny: bool, attn: str | None, as_json: bool) -> None:
+def explain(model: str, tiny: bool, attn: str | None, as_json: bool, verbose: bool) -> None:
     """Say what upstream does with packed rows, and what apply changes.
 
     MODEL is a folder or a name on the hub. Exit code 1 if apply refuses it.
@@ -34,7 +35,7 @@ def explain(model: str, tiny: bool, attn: str | None, as_json: bool) -> None:
     loaded = load(model, tiny, attn)
     from ..patching.explanation import explain
 
-    explanation = explain(loaded)
+    explanation = explain(loaded, verbose=verbose)
     print_result(explanation, as_json)
     sys.exit(1 if explanation.refused else 0)
 

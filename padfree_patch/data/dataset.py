@@ -166,11 +166,19 @@ FAULTS = {"attention_mask": _mask_faults, "position_ids": _position_faults, "seq
 
 
 def _treat_too_long(lengths: Integers, most: int, too_long: str) -> Parts:
-    """Returns the parts of the examples to be packed, with those over `most` treated as asked."""
+    """Returns the parts of the examples to be packed, with those over `most` treated as asked.
+
+    Raises PadfreeError if there are some, and no treatment was asked for.
+    """
     everything = Parts(np.arange(len(lengths)), np.zeros_like(lengths), lengths)
     over = lengths > most
-    if not over.any() or too_long == "error":  # plan_packing refuses them
+    if not over.any():
         return everything
+    if too_long == "error":
+        raise PadfreeError(
+            f"{over.sum()} of {len(lengths)} examples have more than max_length={most} tokens, example "
+            f"{lengths.argmax()} has {lengths.max()}; pass a larger max_length, or too_long='cut', 'split' or 'drop'"
+        )
     if too_long == "drop":
         logger.warning("left out %d of %d examples, %d tokens", over.sum(), len(lengths), lengths[over].sum())
         return Parts(*(each[~over] for each in (everything.examples, everything.offsets, lengths)))

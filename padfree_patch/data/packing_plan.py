@@ -12,6 +12,7 @@ from sortedcontainers import SortedList
 
 from ..arguments import whole_number, whole_numbers
 from ..errors import PadfreeError
+from ..html_table import html_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,19 @@ class PackingPlan:
         batch_size = whole_number(batch_size, "batch_size", 1)
         rows_per_step = whole_number(rows_per_step, "rows_per_step", 1)
         return math.ceil(len(self.lengths) / batch_size), math.ceil(len(self.rows) / rows_per_step)
+
+    def _repr_html_(self) -> str:
+        """Shows the plan as a table in a notebook."""
+        examples, rows = len(self.lengths), len(self.rows)
+        return html_table(
+            f"{examples} examples in {rows} rows of at most {self.max_length} tokens",
+            [
+                ("stays empty", f"{self.waste:.2%}"),
+                ("examples per row", f"{examples / rows:.1f}"),
+                ("steps of one row", rows),
+                ("steps of one example", examples),
+            ],
+        )
 
     def __str__(self) -> str:
         return (

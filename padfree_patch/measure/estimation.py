@@ -9,6 +9,7 @@ import numpy as np
 
 from ..arguments import whole_number, whole_numbers
 from ..errors import PadfreeError
+from ..html_table import html_table
 
 SHUFFLES = 5
 """Epochs in random order over which batches are averaged."""
@@ -44,17 +45,29 @@ class Estimate:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                f"{self.examples} examples of {self.mean_tokens:.0f} tokens on average, at most {self.longest}",
-                f"batches of {self.batch_size} in random order, padded to the longest:",
-                f"  padding               {self.padding_share:7.1%} of the tokens",
-                f"  expected speed-up     {self.expected_speedup:6.2f} x without it, if time goes with tokens",
-                f"  attention work saved  {self.attention_saved:7.1%}",
-                f"  tokens per step       {self.tokens_per_step:7.0f} real, {self.padded_tokens_per_step:.0f} padded "
-                f"(99 of 100: up to {self.tokens_per_step_p99} and {self.padded_tokens_per_step_p99})",
-            ]
+        return "\n".join([*self._heading(), *(f"  {name:21} {found}" for name, found in self._figures())])
+
+    def _repr_html_(self) -> str:
+        """Shows the figures as a table in a notebook."""
+        return html_table("; ".join(self._heading()), self._figures())
+
+    def _heading(self) -> tuple[str, str]:
+        return (
+            f"{self.examples} examples of {self.mean_tokens:.0f} tokens on average, at most {self.longest}",
+            f"batches of {self.batch_size} in random order, padded to the longest:",
         )
+
+    def _figures(self) -> list[tuple[str, str]]:
+        return [
+            ("padding", f"{self.padding_share:7.1%} of the tokens"),
+            ("expected speed-up", f"{self.expected_speedup:6.2f} x without it, if time goes with tokens"),
+            ("attention work saved", f"{self.attention_saved:7.1%}"),
+            (
+                "tokens per step",
+                f"{self.tokens_per_step:7.0f} real, {self.padded_tokens_per_step:.0f} padded "
+                f"(99 of 100: up to {self.tokens_per_step_p99} and {self.padded_tokens_per_step_p99})",
+            ),
+        ]
 
 
 def estimate(lengths: Iterable[int], *, batch_size: int, seed: int = 0) -> Estimate:

@@ -18,6 +18,7 @@ from ..seams.decoder import IMPLEMENTATIONS
 from ..seams.labelled import check_logits
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import installed
+from .checking import Check, check, say_applied
 from .found import apply_found
 from .later import verify_later
 from .logits import compute_logits
@@ -48,6 +49,12 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True, logits: s
     Raises PadfreeError, with the model as it was, if no way is right for it, upstream's code is not what its patch was
     made for, the check finds that examples still mix (`LeakError`), or loss or gradients with these logits are others.
     """
+    say_applied(model, _apply(model, backend, logits, verify=verify))
+    return model
+
+
+def _apply(model: nn.Module, backend: str, logits: str, *, verify: bool) -> Check | None:
+    """Does what `apply` does, and says nothing; returns the check, or None if there was none."""
     attention.check_name(backend)
     check_logits(logits)
     patch = patch_for(model)
@@ -55,20 +62,20 @@ def apply(model: Model, *, backend: str = "auto", verify: bool = True, logits: s
     before = State(model)
     try:
         if patch is None or patch.any_decoder:
-            unchecked = apply_found(model, before, backend, verify=verify)
-            verified = unchecked is None
-            if unchecked:
-                _warn_unchecked(unchecked)
+            outcome: Check | str | None = apply_found(model, before, backend, verify=verify)
         else:
-            verified = _apply_patch(model, patch, before, backend, verify=verify)
+            outcome = _apply_patch(model, patch, before, backend, verify=verify)
+        checked = outcome if isinstance(outcome, Check) else None
+        if isinstance(outcome, str):
+            _warn_unchecked(outcome)
         if patch is not None:
-            _report_if_untested(patch, verified=verified)
-        compute_logits(model, logits, check=verified)
-        _remember(model, verify=verify, verified=verified)
+            _report_if_untested(patch, verified=checked is not None)
+        compute_logits(model, logits, check=checked is not None)
+        _remember(model, verify=verify, verified=checked is not None)
     except BaseException:
         before.put_back()
         raise
-    return model
+    return checked
 
 
 def restore(model: Model) -> Model:
@@ -83,7 +90,7 @@ def restore(model: Model) -> Model:
 def applied(model: Model, *, backend: str = "auto", verify: bool = True, logits: str = "all") -> Iterator[Model]:
     """Applies, and restores at the end, also after an error. A model that was patched before stays as it was then."""
     before = State(model)
-    apply(model, backend=backend, verify=verify, logits=logits)
+    _apply(model, backend, logits, verify=verify)
     try:
         yield model
     finally:
@@ -106,10 +113,10 @@ def places(model: nn.Module) -> tuple[str, ...]:
     return tuple(sorted(str(seam) for seam in seams if seam in installed))
 
 
-def _apply_patch(model: nn.Module, patch: Patch, before: State, backend: str, *, verify: bool) -> bool:
-    """Patches a model with a registered patch; returns whether it could be checked."""
+def _apply_patch(model: nn.Module, patch: Patch, before: State, backend: str, *, verify: bool) -> Check | str | None:
+    """Patches a model with a registered patch; returns the check, why there is none, or None if none was wanted."""
     enter_patch(model, patch, before.opt_ins, backend)
-    return verify and _verify(patch, model)
+    return _verify(patch, model) if verify else None
 
 
 def _remember(model: nn.Module, *, verify: bool, verified: bool) -> None:
@@ -132,17 +139,17 @@ def _report_if_untested(patch: Patch, *, verified: bool) -> None:
     else:
         warnings.warn(
             f"padfree_patch: {untested}. Leave verify=True, which checks the model itself",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
-def _verify(patch: Patch, model: nn.Module) -> bool:
-    """Returns whether the model could be checked.
+def _verify(patch: Patch, model: nn.Module) -> Check | str:
+    """Returns the check of a patched model, or why nothing can be checked.
 
     Raises PadfreeError if the model can't run or gives no finite logits, LeakError if examples mix.
     """
     try:
-        result = verification.verify(model)
+        checked = check(model)
     except PadfreeError:
         raise
     except Exception as error:
@@ -151,12 +158,12 @@ def _verify(patch: Patch, model: nn.Module) -> bool:
             f"{patch.model_type}: the patched model can't run a packed row: {error!r} on transformers "
             f"{versions.transformers_version()} (patch tested on {patch.transformers}); it was put back as it was"
         ) from error
+    result = checked.result
     if reason := result.skipped or verification.why_nothing_shows(model):
-        _warn_unchecked(reason)
-        return False
+        return reason
     if not result:
         raise result.error("the patched model", outcome="it was put back as it was")
-    return True
+    return checked
 
 
 def _warn_unchecked(reason: str) -> None:

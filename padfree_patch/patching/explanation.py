@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import attention, verification, versions
 from ..errors import PadfreeError
+from ..html_table import html_table
 from ..models import implementation_of, pretrained_modules
 from ..registry import Patch, found_by_check, patch_for
 from ..seams.kernel import recording_windows
@@ -44,6 +45,8 @@ class Explanation:
     """What the support table says of this version and implementation: exact, refused, ..., or untested."""
     now: Verification | None = None
     """What verify measures on the model as it is."""
+    without_cache: Verification | None = None
+    """The same with `use_cache=False`, unless it is patched or has no cache."""
     after: Verification | None = None
     """What it measures on the patched model."""
     backend: str | None = None
@@ -57,33 +60,61 @@ class Explanation:
     places: tuple[str, ...] = ()
     """The functions that apply wraps."""
 
+    verbose: bool = False
+    """Whether `str()` shows all, or five lines."""
+
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Gives all that was found, ready for JSON."""
+        found = dataclasses.asdict(self)
+        del found["verbose"]
+        return found
 
     def __str__(self) -> str:
-        lines = [f"{self.model} ({self.implementation}) on transformers {self.transformers}"]
-        if self.now is not None:
-            state = "patched" if self.patched else "upstream alone"
-            lines.append(f"  {state}: {_verdict(self.now)}")
-        if self.refused:
-            return "\n".join([*lines, f"  apply refuses it: {self.refused}"])
-        if not self.patched and self.after is not None:
-            lines.append(f"  after apply: {_verdict(self.after)}")
-        if self.way:
-            lines.append(f"  found in the model and verified: {self.way}")
-        else:
-            lines.append(f"  tested on transformers {self.tested}, in this version: {self.table}")
-        lines += [f"  backend {name}: {word}" for name, word in self.backends.items()]
-        if self.backend:
-            lines.append(f"  backend of this model on its device: {self.backend}")
-        if any(self.windows):
-            shown = ", ".join(str(window or "all") for window in self.windows)
-            lines.append(f"  tokens that a query sees, per layer: {shown}")
-        if self.logits != "all":
-            lines.append(f"  training forwards with labels: {_LOGITS[self.logits]}")
-        lines += [f"  note: {note}" for note in self.notes]
-        lines += [f"  apply wraps {place}" for place in self.places]
+        lines = [self._heading(), *(f"  {name}: {said}" for name, said in self._summary())]
+        if self.verbose:
+            lines += [f"  {name}: {said}" for name, said in self._details()]
+        elif not self.refused:
+            lines[-1] += f"; verbose: {self._what_else()}"
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Shows all that was found as a table in a notebook."""
+        rows = [*self._summary(), *(self._details() if self.verbose else ())]
+        return html_table(self._heading(), rows, good=not self.refused and bool(self.after))
+
+    def _heading(self) -> str:
+        return f"{self.model} ({self.implementation}) on transformers {self.transformers}"
+
+    def _summary(self) -> list[tuple[str, str]]:
+        """Returns what is worth five lines: name and finding."""
+        rows = []
+        if self.now is not None:
+            rows.append(("patched" if self.patched else "upstream alone, model(**batch)", _verdict(self.now)))
+        if self.without_cache is not None:
+            rows.append(("upstream alone, use_cache=False", _verdict(self.without_cache)))
+        if self.refused:
+            return [*rows, ("apply refuses it", self.refused)]
+        if not self.patched and self.after is not None:
+            rows.append(("after apply", _verdict(self.after)))
+        if self.way:
+            how = f"found in the model and verified: {self.way}"
+        else:
+            how = f"patch {self.model_type}, tested on transformers {self.tested}, in this version: {self.table}"
+        if self.logits != "all":
+            rows.append(("training forwards with labels", _LOGITS[self.logits]))
+        return [*rows, ("how", f"{how}; backend {self.backend}" if self.backend else how)]
+
+    def _details(self) -> list[tuple[str, str]]:
+        """Returns the rest."""
+        rows = [("note", note) for note in self.notes]
+        rows += [(f"backend {name}", word) for name, word in self.backends.items()]
+        if any(self.windows):
+            rows.append(("tokens that a query sees, per layer", ", ".join(str(w or "all") for w in self.windows)))
+        return [*rows, *(("apply wraps", place) for place in self.places)]
+
+    def _what_else(self) -> str:
+        notes = f"{len(self.notes)} note{'s' * (len(self.notes) != 1)}, " if self.notes else ""
+        return f"{notes}the other backends, and what is wrapped"
 
 
 _LOGITS = {
@@ -92,8 +123,15 @@ _LOGITS = {
 }
 
 
-def explain(model: nn.Module) -> Explanation:
+def explain(model: nn.Module, *, verbose: bool = False) -> Explanation:
     """Measures the model as it is and, unless it is patched already, as it would be after apply. Changes nothing.
+
+    As it is, it is measured in two ways of calling, in which newer versions of transformers differ: `model(**batch)`,
+    and without a cache, as the Trainer calls it from 5.0 on, TRL, and every trainer with gradient checkpointing.
+
+    Args:
+        model: a transformers model, patched or not.
+        verbose: whether the text of the result shows all that was found, or five lines.
 
     Raises nothing for an unsupported model: then `refused` says why.
     """
@@ -108,10 +146,12 @@ def explain(model: nn.Module) -> Explanation:
         "implementation": implementation_of(config),
         "patched": is_applied(model),
         "logits": logits_of(model),
+        "verbose": verbose,
     }
     try:
         patch = patch_for(model)
         facts["now"] = _now(model)
+        facts["without_cache"] = None if is_applied(model) else _now_without_cache(model)
         with applied(model, verify=found_by_check(patch)):
             facts["after"] = verification.verify(model)
             windows = _windows(model, patch, config) if not facts["after"].skipped else ()
@@ -138,6 +178,19 @@ def _now(model: nn.Module) -> Verification:
         raise
     except Exception as error:
         return Verification(model=type(model).__name__, skipped=f"a packed row fails: {error!r}")
+
+
+def _now_without_cache(model: nn.Module) -> Verification | None:
+    """Measures a model as trainers call it that switch the cache off in its config; None if it has none."""
+    configs: list[Any] = [each.config for each in pretrained_modules(model) if hasattr(each.config, "use_cache")]
+    before = [config.use_cache for config in configs]
+    try:
+        for config in configs:
+            config.use_cache = False
+        return _now(model) if configs else None
+    finally:
+        for config, use_cache in zip(configs, before):
+            config.use_cache = use_cache
 
 
 def _verdict(result: Verification) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from torch import nn
 
 from .. import verification
@@ -12,9 +10,9 @@ from ..any_decoder.way import Way, ways_of
 from ..errors import PadfreeError
 from ..models import pretrained_modules
 from ..registry import registry
-from ..verification import Verification
 from ..verification.untouched import unwrapped
 from ..wrapping.opt_in import OptIn
+from .checking import Check, check
 from .plan import opt_in, plan_way
 from .state import State
 
@@ -22,8 +20,8 @@ MOST_NAMED = 5
 """Classes that verify may name before a way is given up."""
 
 
-def apply_found(model: nn.Module, before: State, backend: str, *, verify: bool) -> str | None:
-    """Patches a model in the first way that `verify` passes. Returns why it could not be checked; None if it was.
+def apply_found(model: nn.Module, before: State, backend: str, *, verify: bool) -> Check | str:
+    """Patches a model in the first way that `verify` passes. Returns the check, or why there was none.
 
     Takes off first how it was patched before.
 
@@ -41,10 +39,9 @@ def apply_found(model: nn.Module, before: State, backend: str, *, verify: bool) 
                 _keep(model, way)
                 return unchecked
             result = _measured(model)
-            if isinstance(result, Verification) and result.ok:
+            if isinstance(result, Check) and result.result.ok:
                 _keep(model, way)
-                _log(model, way)
-                return None
+                return result
             failures.append(f"{way}:\n{result}")
             named = _named_class(model, result)
             clean.put_back()
@@ -89,17 +86,17 @@ def _why_not_to_check(model: nn.Module, *, verify: bool) -> str | None:
     return verification.why_it_cannot_run(model)
 
 
-def _measured(model: nn.Module) -> Verification | str:
+def _measured(model: nn.Module) -> Check | str:
     """Returns what verify measures, or the error of a packed row that does not run."""
     try:
-        return verification.verify(model)
+        return check(model)
     except Exception as error:
         return f"  a packed row fails: {type(error).__name__}: {error}"
 
 
-def _named_class(model: nn.Module, result: Verification | str) -> type | None:
+def _named_class(model: nn.Module, checked: Check | str) -> type | None:
     """Returns the class of the first module that leaks, or gives an example something else than alone."""
-    if isinstance(result, str) or not (name := result.first_leak or result.first_difference):
+    if isinstance(checked, str) or not (name := checked.result.first_leak or checked.result.first_difference):
         return None
     cls = type(unwrapped(model).get_submodule(name))
     return None if cls.__module__.startswith(("torch.nn", "peft.")) and cls is not nn.ZeroPad2d else cls
@@ -124,8 +121,3 @@ def _keep(model: nn.Module, way: Way) -> None:
     for mine in OptIn.all_in(model).values():
         mine.way, mine.layers = str(way), mine.answered  # what was special about attention shows only now
         mine.trying, mine.reads_first_label = False, reads
-
-
-def _log(model: nn.Module, way: Way) -> None:
-    name = type(pretrained_modules(model)[0]).__name__
-    logging.getLogger("padfree_patch").info("%s verified, with %s", name, way)

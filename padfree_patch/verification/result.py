@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import LeakError, PadfreeError
+from ..html_table import html_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,15 @@ class Verification:
                 "weights and for values that the dtype can't hold. verify on the unpatched model says whether they are "
                 "upstream's own"
             )
-        return "\n".join([f"{self.model}: {self._verdict()}", *self._figures()])
+        return "\n".join(
+            [f"{self.model}: {self._verdict()}", *(f"  {name:38} {found}" for name, found in self._figures())]
+        )
+
+    def _repr_html_(self) -> str:
+        """Shows the figures as a table in a notebook."""
+        if self.skipped or not self.finite:
+            return html_table(str(self), [])
+        return html_table(f"{self.model}: {self._verdict()}", self._figures(), good=self.ok)
 
     def _verdict(self) -> str:
         if self.examples:
@@ -101,31 +110,31 @@ class Verification:
             return "examples do not mix"
         return "WRONG RESULT" if self.isolated else "EXAMPLES MIX"
 
-    def _figures(self) -> list[str]:
+    def _figures(self) -> list[tuple[str, str]]:
         allowed = f"at most {self.change_tolerance:.3g}" if self.change_tolerance else "must be 0"
-        lines = (
+        figures = (
             []
             if self.examples
             else [
-                f"  change of B's logits when A changes   {self.logit_change:.3g} ({allowed})",
-                f"  gradient of B's loss at A's embeddings {self.leaked_gradient:.3g} (must be 0)",
+                ("change of B's logits when A changes", f"{self.logit_change:.3g} ({allowed})"),
+                ("gradient of B's loss at A's embeddings", f"{self.leaked_gradient:.3g} (must be 0)"),
             ]
         )
         if self.alone_refused:
-            lines.append(f"  not compared with alone, where upstream fails: {self.alone_refused}")
+            figures.append(("not compared with alone", f"upstream fails there: {self.alone_refused}"))
         else:
             allowed = f"at most {self.alone_tolerance:.3g}"
-            lines.append(f"  packed against alone, relative         {self.alone_error:.3g} ({allowed})")
+            figures.append(("packed against alone, relative", f"{self.alone_error:.3g} ({allowed})"))
         if self.labelled_failed:
-            lines.append(f"  with logits of labelled tokens         {self.labelled_failed}")
+            figures.append(("with logits of labelled tokens", self.labelled_failed))
         elif not math.isnan(self.labelled_tolerance):
             allowed = f"at most {self.labelled_tolerance:.3g}"
-            lines.append(f"  loss and gradients, labelled and all   {self.labelled_error:.3g} ({allowed})")
+            figures.append(("loss and gradients, labelled and all", f"{self.labelled_error:.3g} ({allowed})"))
         if self.first_leak:
-            lines.append(f"  first module that leaks                {self.first_leak}")
+            figures.append(("first module that leaks", self.first_leak))
         if self.first_difference:
-            lines.append(f"  first module that differs from alone   {self.first_difference}")
-        return lines
+            figures.append(("first module that differs from alone", self.first_difference))
+        return figures
 
     def as_dict(self) -> dict[str, str | float | None]:
         """Gives every field and `ok`, ready for JSON: a number that is not finite becomes None."""

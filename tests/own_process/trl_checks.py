@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from trl import SFTConfig, SFTTrainer
 
+import padfree_patch
 from helpers.comparison import Training, assert_same_training
 from padfree_patch import (
     DataCollatorForCompletionOnlyLM,
@@ -26,6 +29,7 @@ from padfree_patch.measure.texts import train_tokenizer
 from padfree_patch.registry import registry
 from padfree_patch.testing import tiny_model
 
+PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 HAS_PADDING_FREE = "padding_free" in inspect.signature(SFTConfig).parameters
 LENGTHS = [5, 9, 2, 12, 7, 17, 3, 4, 6, 11, 2, 8, 13, 5, 9, 4]
 
@@ -245,3 +249,20 @@ def test_trls_packing_without_boundaries_is_said(model, tokenizer, tmp_path):
     batch = next(iter(trainer.get_train_dataloader()))
     assert set(batch) <= {"input_ids", "attention_mask", "labels"} and batch["input_ids"].shape == (2, 24)
     assert (batch["attention_mask"] == 1).all()
+
+
+@pytest.mark.skipif(not HAS_PADDING_FREE, reason="the page is for TRL that has padding_free")
+def test_every_block_for_trl_of_the_page_runs_on_raw_texts(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts = [{"prompt": "one two " * (1 + i % 3), "completion": "three " * (1 + i % 4)} for i in range(12)]
+    names = {"model": model, "tokenizer": tokenizer, "padfree_patch": padfree_patch}
+    names["texts"] = datasets.Dataset.from_list(texts)
+    ours, own = re.findall(r"^```python trl\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    on_cpu = 'SFTConfig("out", use_cpu=True, bf16=False, '
+    exec(ours.replace('SFTConfig("out", ', on_cpu), names)
+    packed = [each["sequences_per_row"] for each in names["trainer"].state.log_history if "sequences_per_row" in each]
+    assert packed == [4, 4, 4]
+    exec(own.replace('SFTConfig(\n    "out", ', on_cpu), names)
+    assert len(names["trainer"].state.log_history) == 4
+    with pytest.raises(ValueError, match="max_length"):
+        exec(own.replace('SFTConfig(\n    "out", ', on_cpu).replace("max_length=None", "max_length=64"), names)

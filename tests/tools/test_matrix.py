@@ -7,6 +7,7 @@ import json
 import pytest
 
 import matrix
+import upstream_ways_page
 from padfree_patch import patching
 from padfree_patch.attention import sdpa
 from padfree_patch.patching import support
@@ -39,11 +40,14 @@ def test_merged_table_is_the_one_that_the_package_reads(tmp_path, monkeypatch):
     assert matrix.TABLE.samefile(support.FILE)
     for name, file in {"CELLS": "cells.json", "TABLE": "table.json", "PAGE": "page.md"}.items():
         monkeypatch.setattr(matrix, name, tmp_path / file)
+    monkeypatch.setattr(upstream_ways_page, "FOUND", tmp_path / "upstream.json")
+    in_two_ways = {"model(**batch)": {"mixes": ["llama"]}, "use_cache=False": {"exact": ["llama"]}}
+    upstream_ways_page.FOUND.write_text(json.dumps({"5.0.0": {"trainer": "model(**batch)", "sdpa": in_two_ways}}))
     (tmp_path / "found").mkdir()
     (tmp_path / "found" / "5.0.0.json").write_text(json.dumps({"llama": {"sdpa": {"default": "exact"}}}))
     matrix.merge(tmp_path / "found")
     assert json.loads(matrix.TABLE.read_text()) == {"5.0.0": {"llama": {"sdpa": "exact"}}}
-    assert "| 5.0.0 | exact |" in matrix.PAGE.read_text()
+    assert "| 5.0.0 | 0 of 1 exact | 1 of 1 exact | exact |" in matrix.PAGE.read_text()
 
 
 @pytest.mark.parametrize(("known", "same"), [("exact", True), ("native-exact", True), ("wrong: x", False)])
