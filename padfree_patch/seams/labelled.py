@@ -159,7 +159,8 @@ def _loss_is_upstreams(head: Any, arguments: dict[str, Any]) -> bool:
     if arguments.get("ignore_index", IGNORED_LABEL) != IGNORED_LABEL:
         return False
     loss = getattr(head, "loss_function", None)  # 4.46 on
-    return loss is None or (loss.__module__, loss.__name__) == ("transformers.loss.loss_utils", "ForCausalLMLoss")
+    name = f"{getattr(loss, '__module__', '')}.{getattr(loss, '__name__', '')}"
+    return loss is None or name == "transformers.loss.loss_utils.ForCausalLMLoss"
 
 
 def _reads_shifted(head: Any) -> bool:
@@ -182,6 +183,8 @@ def _sent(following: Tensor, shape: tuple[int, int], sent: LabelledRows) -> Labe
         "the batch's labelled_rows are not those of its labels, which were changed after the collator made them; "
         "leave labelled_rows out of the batch"
     )
+    if not isinstance(sent, LabelledRows):
+        raise PadfreeError(f"labelled_rows must be what a collator of ours makes, found {type(sent).__name__}")
     if sent.total != following.numel():
         raise PadfreeError(f"{message} (of {sent.total} tokens, the labels have {following.numel()})")
     rows = sent.rows.to(following.device, non_blocking=True)

@@ -6,6 +6,8 @@ machinery's architectures stand for all, with one whose logits are scaled and on
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -28,6 +30,7 @@ FORMS = ("labelled", "chunked")
 MARKED = ("llama", "granite", "mixtral")
 SEQUENCES = examples(conformance.LENGTHS)
 LABELS = torch.cat(conformance.completions(SEQUENCES), dim=1)
+IMPLEMENTATION = "sdpa" if versions.transformers(">=4.36") else "eager"
 PREDICTED = 11
 """Labels that a token predicts: of prompts of 3, 5, 0 and 7 of 5, 9, 1 and 12 tokens; the one token is a first one."""
 
@@ -44,7 +47,7 @@ def batch():
     return pack(SEQUENCES) | {"labels": LABELS}
 
 
-def maker(name="llama", implementation="sdpa", **config):
+def maker(name="llama", implementation=IMPLEMENTATION, **config):
     def make():
         return tiny_model(registry().get(name), implementation, **config)
 
@@ -73,9 +76,8 @@ def marked(patch):
 
 
 @pytest.mark.parametrize("patch", [marked(each) for each in PATCHES])
-@pytest.mark.parametrize("implementation", ["sdpa"] if versions.transformers(">=4.36") else ["eager"])
-def test_loss_and_gradients_are_those_of_each_example_alone(patch, implementation):
-    make = maker(patch.model_type, implementation)
+def test_loss_and_gradients_are_those_of_each_example_alone(patch):
+    make = maker(patch.model_type)
     skip_if_unavailable(make)
     output = conformance.check_labelled_logits(make)
     assert output.logits.shape[:2] == (1, PREDICTED + 1)
@@ -119,9 +121,10 @@ def test_a_loss_of_ones_own_gets_all_logits(logits, batch):
         seen.append((tuple(logits.shape), tuple(labels.shape)))
         return logits.square().mean()
 
-    model.loss_function = weighted
-    model(**batch)
-    assert seen == [((1, 27, 97), (1, 27))]
+    for loss in (weighted, functools.partial(weighted)):
+        model.loss_function = loss
+        model(**batch)
+    assert seen == [((1, 27, 97), (1, 27))] * 2
 
 
 @pytest.mark.versions
@@ -238,6 +241,8 @@ def test_labels_that_the_collator_did_not_know_are_an_error(logits):
     cut = {name: batch[name][:, :8] for name in ("input_ids", "position_ids", "labels")}
     with pytest.raises(PadfreeError, match=r"labelled_rows are not those .*of 12 tokens, the labels have 8"):
         model(**cut, labelled_rows=batch["labelled_rows"])
+    with pytest.raises(PadfreeError, match="labelled_rows must be what a collator of ours makes, found Tensor"):
+        model(**cut, labelled_rows=torch.tensor([1]))
 
 
 def test_no_tensor_of_all_logits_is_made_in_chunks():
