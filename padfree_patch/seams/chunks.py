@@ -11,11 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..batch.labels import IGNORED_LABEL
-from ..errors import PadfreeError
 from ..wrapping.call import Call
 from ..wrapping.seam import is_wrapper
 from .hand_over import Answer, LabelledTokens, Selected, ended_by_zeros, handing_over, with_hidden_states
@@ -57,10 +56,7 @@ def in_chunks(call: Call, tokens: LabelledTokens, size: int, run: Callable[[Call
         tokens: those that predict a label.
         size: of a chunk.
         run: calls upstream.
-
-    Raises PadfreeError if somebody has put another forward on the instance, which may not be called again and again.
     """
-    _check_forward(call.module)
     if len(tokens.rows) <= size:
         with handing_over(Selected(call.module, tokens)):
             return _without_logits(run(call.changed(**tokens.arguments())))
@@ -70,14 +66,15 @@ def in_chunks(call: Call, tokens: LabelledTokens, size: int, run: Callable[[Call
     return _without_logits(result, loss=_summed(call, kept, size))
 
 
-def _check_forward(head: nn.Module) -> None:
-    if not is_wrapper(head.forward):
-        own = head.forward
-        name = f"{getattr(own, '__module__', '')}.{getattr(own, '__qualname__', type(own).__name__)}"
-        raise PadfreeError(
-            f"{type(head).__name__}.forward was replaced by {name}, which logits='chunked' would call for every chunk; "
-            "call padfree_patch.apply(model) with logits='labelled' (a fused loss, as Liger's, makes no logits either)"
-        )
+def _once_more(call: Call) -> Any:
+    """Calls the head's forward again, and nothing that hangs on the head: the first call was for that.
+
+    A forward on the instance may be accelerate's autocast around ours, or somebody's own.
+    """
+    head = call.module
+    if is_wrapper(head.forward):
+        return call.proceed()
+    return head.forward(**{name: value for name, value in call.arguments.items() if name != call.names[0]})
 
 
 def _summed(call: Call, kept: _Kept, size: int) -> Tensor:
@@ -93,7 +90,7 @@ def _summed(call: Call, kept: _Kept, size: int) -> Tensor:
         if items is not None:  # upstream divides the sum by it; here by its part, and the weight makes up for that
             given.arguments["num_items_in_batch"] = items * torch.where(some, share, 1.0).to(_device_of(items, share))
         with handing_over(_Given(kept, rows)):
-            loss = _loss_of(given.proceed())
+            loss = _loss_of(_once_more(given))
         share = share.to(loss.device, loss.dtype)
         return torch.where(some.to(loss.device), loss * share, loss.new_zeros(()))
 

@@ -113,24 +113,24 @@ def test_a_fused_loss_gets_labelled_rows(batch, monkeypatch, where, when):
     padfree_patch.restore(model)
 
 
-def test_a_forward_on_the_instance_is_not_called_in_chunks(batch):
+def test_a_forward_on_the_instance_is_called_for_each_chunk(batch, monkeypatch):
+    """But what hangs on the model, as PaddingFreeCallback's hook does, is called once."""
+    monkeypatch.setattr(labelled, "CHUNK", 4)
+    expected, called = step(apply(make()), batch), []
     model = apply(make(), logits="chunked")
     model.forward = types.MethodType(fused, model)
-    with pytest.raises(PadfreeError, match=r"LlamaForCausalLM.forward was replaced by .*fused, which logits='chunked'"):
-        model.train()(**batch)
+    model.register_forward_pre_hook(lambda *_: called.append(True))
+    assert_same_step(step(model, batch), expected)
+    assert model.rows == 5 and called == [True]  # four rows and one of zeros, last in the backward
 
 
 def test_a_forward_over_ours_is_served_once(logits, batch):
-    """Somebody's forward on the instance that calls ours, with the labels that it was given."""
+    """Somebody's forward on the instance that calls ours, as accelerate's for mixed precision does."""
     expected = step(apply(make()), batch)
     model = apply(make(), logits=logits)
     ours = model.forward
     model.forward = types.MethodType(lambda self, **given: ours(**given), model)
-    if logits == "chunked":
-        with pytest.raises(PadfreeError, match="which logits='chunked' would call for every chunk"):
-            step(model, batch)
-    else:
-        assert_same_step(step(model, batch), expected)
+    assert_same_step(step(model, batch), expected)
 
 
 def test_trls_fused_head_gets_all_tokens(batch):
