@@ -87,5 +87,5 @@ def _why_not(model: nn.Module) -> str | None:
     if reason := verification.why_it_cannot_run(model):
         return reason
     if is_sharded(model):  # inside of FSDP, which shows nothing of itself there
-        return "its weights are sharded over processes (FSDP)"
+        return "tensors stand in the place of its weights while it runs (as inside of FSDP)"
     return verification.why_nothing_shows(model)

@@ -44,12 +44,12 @@ def why_it_cannot_run(model: nn.Module) -> str | None:
 def is_sharded(model: nn.Module) -> bool:
     """Whether the weights of a model are spread over processes, also while FSDP runs the model inside of itself.
 
-    There FSDP has put plain tensors in the place of the parameters, so that the embedding has none.
+    There FSDP has put plain tensors in the place of the parameters: a backward through them would be its own.
     """
     if _holds_fsdp(model) or any(map(_is_shard, model.parameters())):
         return True
     embedding = cast(Callable[[], nn.Module], pretrained_modules(model)[0].get_input_embeddings)()
-    return next(embedding.parameters(), None) is None
+    return not isinstance(next(embedding.parameters(), None), nn.Parameter)
 
 
 def _holds_fsdp(model: nn.Module) -> bool:

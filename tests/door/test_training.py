@@ -91,6 +91,16 @@ def test_weights_that_are_not_there_yet_are_verified_later(door, capfd, tmp_path
     assert lines(capfd) == [LINE]
 
 
+def test_weights_that_somebody_has_exchanged_for_tensors_are_not_verified(door, capfd):
+    """As while FSDP runs a model: a backward through these tensors would be one of its own, in which all ranks meet."""
+    model = made().train()
+    tensors = {name: each * 1.0 for name, each in model.named_parameters()}
+    for _ in range(2):
+        torch.func.functional_call(model, tensors, kwargs=pack(examples((5, 4))))
+    (line,) = lines(capfd)
+    assert "patched, backend auto, not verified: tensors stand in the place of its weights" in line
+
+
 def test_adapters_are_verified_with_their_model(door, capfd, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
