@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .call import Call, named_twice
-from .later_imports import Watch
+from .later_imports import when_imported
 
 ORIGINAL = "__padfree_original__"
 """Attribute by which our functions are told from others'."""
@@ -74,7 +74,7 @@ class Seam:
         with lock:
             if self._is_missing():
                 waiting.add(self)
-                _watch_for_waiting()
+                _wait_for(self.module)
                 return
             holder, here = _holder(self.owner, self.name), installed.setdefault(self, [])
             own = _own_entries(holder).get(self.name, _ABSENT)
@@ -90,7 +90,6 @@ class Seam:
     def remove(self) -> None:
         """Puts back what the wrapper replaced, and its absence if it was inherited."""
         waiting.discard(self)
-        _watch_for_waiting()
         for holder, own, wrapper in reversed(installed.pop(self, [])):
             if _own_entries(holder).get(self.name) is wrapper:
                 _put(holder, self.name, own)
@@ -137,19 +136,22 @@ waiting: set[Seam] = set()
 """Optional seams that models need, and that nobody has imported yet."""
 
 
-def _is_imported(name: str) -> None:
+_awaited: set[str] = set()
+"""Modules that wrapt was asked to wait for: it forgets one when it is imported, and can't be told to."""
+
+
+def _wait_for(module: str) -> None:
+    if module not in sys.modules and module not in _awaited:
+        _awaited.add(module)
+        when_imported(module, _install_waiting)
+
+
+def _install_waiting(module: types.ModuleType) -> None:
     with lock:
-        for seam in [each for each in waiting if each.module == name]:
+        _awaited.discard(module.__name__)
+        for seam in [each for each in waiting if each.module == module.__name__]:
             waiting.discard(seam)
             seam.install()
-        _watch_for_waiting()
-
-
-_watch = Watch(_is_imported)
-
-
-def _watch_for_waiting() -> None:
-    _watch.only(frozenset(seam.module for seam in waiting if seam.module not in sys.modules))
 
 
 def wrapped(
