@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batch.labels import ignore_first_labels
+from ..batch.labels import IGNORED_LABEL, ignore_first_labels
 from ..batch.packed_batch import PackedBatch
 from ..errors import PadfreeError
 from ..models import is_transformers_model, pretrained_modules
@@ -86,11 +86,32 @@ def mask_of_real_tokens(mask: object, batch: PackedBatch) -> Tensor | None:
 
 
 def ignore_boundaries(arguments: dict[str, Any], batch: PackedBatch) -> None:
-    """Sets labels (B, T) to -100 where they say what follows a sequence's last token: the next sequence's first."""
+    """Sets labels (B, T) to -100 where they say what follows a sequence's last token: the next sequence's first.
+
+    Labels may also be those of the tokens whose logits are kept (`logits_to_keep`), as ms-swift gives them.
+    """
+    keep = next((arguments[name] for name in _KEPT if arguments.get(name) is not None), 0)
     for name in ("labels", "shift_labels"):
         labels = arguments.get(name)
         if not isinstance(labels, Tensor):
             continue
-        if labels.shape != batch.position_ids.shape:
-            raise PadfreeError(f"{name} have shape {tuple(labels.shape)}, the tokens {tuple(batch.position_ids.shape)}")
-        arguments[name] = ignore_first_labels(labels, batch.sequences, shifted=name == "shift_labels")
+        if labels.shape == batch.position_ids.shape:
+            arguments[name] = ignore_first_labels(labels, batch.sequences, shifted=name == "shift_labels")
+        else:
+            arguments[name] = _ignore_after_ends(name, labels, keep, batch)
+
+
+_KEPT = ("logits_to_keep", "num_logits_to_keep")
+"""What a head calls the tokens whose logits it is to compute: the last so many, or a mask or indices of them (T,)."""
+
+
+def _ignore_after_ends(name: str, labels: Tensor, keep: int | Tensor, batch: PackedBatch) -> Tensor:
+    """Sets labels (B, kept) to -100 where the one before them, as upstream shifts them, is a sequence's last token."""
+    shape = batch.position_ids.shape
+    ends = torch.zeros(batch.sequences.total, dtype=torch.bool, device=labels.device)
+    ends = ends.index_fill_(0, batch.sequences.ends().to(labels.device), True).view(shape)
+    kept = ends[:, keep] if isinstance(keep, Tensor) else ends[:, -keep:]
+    if labels.shape != kept.shape or name == "shift_labels":
+        raise PadfreeError(f"{name} have shape {tuple(labels.shape)}, the tokens {tuple(shape)}")
+    crosses = torch.cat([torch.zeros_like(kept[:, :1]), kept[:, :-1]], dim=1)
+    return labels.long().masked_fill(crosses, IGNORED_LABEL)
