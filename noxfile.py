@@ -18,6 +18,8 @@ import uv_places
 from pins import (
     BESIDE,
     BITSANDBYTES,
+    BROWSER,
+    DOCS,
     FLASH_ATTN,
     FLASH_ATTN_ON_CPU,
     TORCH,
@@ -129,6 +131,7 @@ def full(session: nox.Session) -> None:
     names = [f"{name}({version})" for name, versions in EVERYWHERE.items() for version in versions]
     for name in ("lint", "wheel", *names, "deepspeed", "matrix"):
         session.notify(name, posargs=[])
+    session.notify("docs", posargs=["--screenshots"])
 
 
 @nox.session
@@ -260,6 +263,19 @@ def upstream(session: nox.Session) -> None:
         beside = of_its_time[0] if of_its_time else ["numpy<2" if version.startswith("4") else "numpy", "accelerate"]
         session.install("-e", ".", TORCH, *needed, *beside, "pytest-xdist", "parameterized")
     session.run("python", tool, *session.posargs, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+
+
+@nox.session(tags=["ci"])
+@timed
+def docs(session: nox.Session) -> None:
+    """The site in build/site; a broken link is an error. `-- --screenshots`: the notebook and a browser too."""
+    session.install(*DOCS)
+    if seen := "--screenshots" in session.posargs:
+        session.install("-e", ".[pictures,demo]", *pins(VERSIONS[-1]), *BROWSER)
+        session.run("python", "tools/run_notebook.py", env=ALONE)
+    session.run("mkdocs", "build", "--strict", "--quiet", env={"NO_MKDOCS_2_WARNING": "1"})
+    if seen:
+        session.run("python", "tools/screenshots.py")
 
 
 @nox.session

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 import torch
-from common import progress, save
+from common import legend_above, progress, save
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -204,7 +204,7 @@ def with_alibi(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, *, s
 
 def picture(speeds: list[dict[str, Any]]) -> Figure:
     """Draws the ratios to the baseline, a panel per dtype."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.9), layout="constrained")
     for axes, dtype in zip(figure.subplots(1, len(DTYPES), sharey=True), DTYPES):
         rows = [each for each in speeds if each["dtype"] == dtype]
         names = list(rows[0]["ratios"])
@@ -214,7 +214,7 @@ def picture(speeds: list[dict[str, Any]]) -> Figure:
         axes.set_xticks(range(len(rows)), [f"{row['lengths']}\n{row['shape']}" for row in rows], fontsize=7)
         axes.set_title(dtype)
     figure.axes[0].set_ylabel("time, forward and backward; less is faster")
-    figure.axes[0].legend(frameon=False, fontsize=7)
+    legend_above(figure)
     return figure
 
 

@@ -52,6 +52,12 @@ def save(name: str, results: dict[str, Any], figure: Figure) -> None:
     print(f"wrote {RESULTS / name}.json and .png")
 
 
+def legend_above(figure: Figure) -> None:
+    """Puts the legend of the first panel above all panels, where it covers nothing that is drawn."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=9)
+
+
 def progress() -> Progress:
     """Makes a bar that shows what runs now."""
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()

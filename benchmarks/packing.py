@@ -19,7 +19,6 @@ import numpy as np
 from common import progress, save
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer
-from trl import pack_dataset as trl_pack_dataset
 
 from padfree_patch import TokenBudgetBatchSampler, pack_dataset, plan_packing
 from padfree_patch.measure.texts import read_texts, tokenise
@@ -54,6 +53,8 @@ def main(folder: str, files: tuple[Path, ...], max_length: int, rounds: int) -> 
 
 def compared(data: Any, lengths: list[int], max_length: int, rounds: int) -> dict[str, Any]:
     """Measures seconds and waste of our packing, of TRL's, and of the sampler's batches."""
+    from trl import pack_dataset as trl_pack_dataset  # of one session only
+
     ways: dict[str, Callable[[], Any]] = {
         "ours": lambda: pack_dataset(data, max_length),
         "trl": lambda: trl_pack_dataset(data, max_length, "bfd", map_kwargs={"load_from_cache_file": False}),

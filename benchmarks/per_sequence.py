@@ -13,7 +13,7 @@ from typing import Any
 import click
 import torch
 import transformers
-from common import COLOURS, NAMES, median_of, progress, save
+from common import COLOURS, NAMES, legend_above, median_of, progress, save
 from matplotlib.figure import Figure
 
 from padfree_patch import applied
@@ -121,7 +121,7 @@ def seconds_of(model: Any, examples: list[torch.Tensor], kind: str) -> float:
 
 def picture(found: list[dict[str, Any]]) -> Figure:
     """Draws how many times as fast as each other kind padding-free is."""
-    figure = Figure(figsize=(8, 3), layout="constrained")
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
     names = [each["model_type"] for each in found]
     colours = {"padded": COLOURS["padded"], "row": COLOURS["native"], "one by one": COLOURS["ceiling"]}
@@ -132,7 +132,7 @@ def picture(found: list[dict[str, Any]]) -> Figure:
     axes.axhline(1, color="#57606a", linewidth=0.8)
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("times as fast")
-    axes.legend(frameon=False)
+    legend_above(figure)
     return figure
 
 

@@ -24,6 +24,7 @@ from common import (
     SMALL,
     batches_from,
     fold,
+    legend_above,
     load,
     median_of,
     progress,
@@ -167,17 +168,20 @@ def part_of(event: FunctionEvent, vocabulary: int) -> str:
 def picture(ratios: list[dict[str, Any]]) -> Figure:
     """Draws real tokens per second of every kind, a panel per model and data set."""
     panels = list(dict.fromkeys((each["model"], each["data"]) for each in ratios))
-    figure = Figure(figsize=(3.2 * len(panels), 3.4), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(panels), 3.6), layout="constrained")
     for axes, (model, data) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         rows = [each for each in ratios if (each["model"], each["data"]) == (model, data)]
         for offset, kind in enumerate(KINDS):
             speeds = [row["real_tokens_per_second"].get(kind, {"median": 0.0})["median"] for row in rows]
             positions = [i + 0.2 * (offset - 1.5) for i in range(len(rows))]
             axes.bar(positions, speeds, width=0.18, color=COLOURS[kind], label=NAMES[kind])
+            for position, speed in zip(positions, speeds):
+                if not speed:
+                    axes.text(position, 0, " over 24 GB", rotation=90, ha="center", va="bottom", fontsize=7)
         axes.set_xticks(range(len(rows)), [f"batch {row['batch_size']}" for row in rows])
         axes.set_title(f"{model}\n{data}")
     figure.axes[0].set_ylabel("real tokens per second")
-    figure.axes[0].legend(frameon=False, fontsize=7)
+    legend_above(figure)
     return figure
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from . import attention as attention
     from . import testing as testing
     from .batch.sequences import PackedSequences
+    from .data.classification import DataCollatorForSequenceClassification
     from .data.completions import DataCollatorForCompletionOnlyLM
     from .data.dataset import pack_dataset
     from .data.flattening import DataCollatorWithFlattening
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .data.unpacking import last_tokens, sequence_log_probs, unpack
     from .door.hooks import Autopatch, autopatch
     from .errors import LeakError, PadfreeError
+    from .integrations.per_example import PerExampleMetrics
     from .integrations.trainer import PaddingFreeCallback
     from .measure.estimation import Estimate, estimate
     from .patching import applied, apply, restore
@@ -35,6 +37,7 @@ __all__ = [
     "Autopatch",
     "DataCollatorForCompletionOnlyLM",
     "DataCollatorForPreference",
+    "DataCollatorForSequenceClassification",
     "DataCollatorWithFlattening",
     "Estimate",
     "Explanation",
@@ -44,6 +47,7 @@ __all__ = [
     "PaddingFreeCallback",
     "PadfreeError",
     "Patch",
+    "PerExampleMetrics",
     "TokenBudgetBatchSampler",
     "Verification",
     "__version__",
@@ -63,6 +67,7 @@ __all__ = [
 
 _NAMES = {
     "batch.sequences": ("PackedSequences",),
+    "data.classification": ("DataCollatorForSequenceClassification",),
     "data.completions": ("DataCollatorForCompletionOnlyLM",),
     "data.dataset": ("pack_dataset",),
     "data.flattening": ("DataCollatorWithFlattening",),
@@ -72,6 +77,7 @@ _NAMES = {
     "data.unpacking": ("last_tokens", "sequence_log_probs", "unpack"),
     "door.hooks": ("Autopatch", "autopatch"),
     "errors": ("LeakError", "PadfreeError"),
+    "integrations.per_example": ("PerExampleMetrics",),
     "integrations.trainer": ("PaddingFreeCallback",),
     "measure.estimation": ("Estimate", "estimate"),
     "patching": ("applied", "apply", "restore"),

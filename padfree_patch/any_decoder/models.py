@@ -22,6 +22,7 @@ from ..seams.language_head import predicts_next_tokens
 from ..seams.model_call import concerns as concerns_model
 from ..seams.model_call import enter, proceed, seams_of, take_batch, tokens_of
 from ..seams.noise import embed_each_alone
+from ..seams.pooled import pool, pools
 from ..seams.under_way import running, sharing_masks
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
@@ -57,7 +58,7 @@ def _answer(call: Call) -> Any:
             return on_labelled_tokens(call, proceed)
     served = _several_rows_served(call.module, batch)
     with answering(call.module, batch), running(batch=batch), sharing_masks(), served:
-        return on_labelled_tokens(call, Call.proceed)
+        return pool(call, batch) if pools(call.module) else on_labelled_tokens(call, Call.proceed)
 
 
 @contextmanager

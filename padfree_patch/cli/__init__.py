@@ -16,8 +16,9 @@ from ..errors import PadfreeError
 from .on_data import estimate
 from .on_model import bench, explain, verify
 from .registered import list_patches
+from .show import show
 
-COMMANDS = (explain, verify, bench, estimate, run, demo, list_patches)
+COMMANDS = (explain, verify, show, bench, estimate, run, demo, list_patches)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,4 +1,4 @@
-"""Loads the model that a command is given, as what it is."""
+"""Loads the model that a command is given, as what it is, and tokenizers."""
 
 from __future__ import annotations
 
@@ -45,6 +45,19 @@ def _saved(model: str, attn: str | None) -> Any:
         config = _config(model)
         cls = saved_class(config) or transformers.AutoModelForCausalLM
         return cls.from_pretrained(model, **_implementation(attn))
+
+
+def load_tokenizer(name: str) -> Any:
+    """Loads the tokenizer of a folder or a name on the hub.
+
+    Raises PadfreeError, of one line, if that fails.
+    """
+    what = f"no tokenizer can be loaded from {name!r}"
+    check_there(name, what)
+    with explained(what):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(name)
 
 
 def _config(model: str) -> Any:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from ..foreign import check_there, explained
+from ..foreign import explained
+from .loading import load_tokenizer
 from .output import json_option, print_result
 
 
@@ -27,16 +28,11 @@ def estimate(
     data: Path, tokenizer: str, batch_size: int, max_length: int, fields: tuple[str, ...], as_json: bool
 ) -> None:
     """Say what padding costs on your own data; loads no model."""
-    what = f"no tokenizer can be loaded from {tokenizer!r}"
-    check_there(tokenizer, what)
+    loaded = load_tokenizer(tokenizer)
     from ..measure.estimation import estimate
     from ..measure.texts import FIELDS, read_texts, tokenise
 
     texts = read_texts(data, fields or FIELDS)
-    with explained(what):
-        from transformers import AutoTokenizer
-
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
     with explained(f"the tokenizer in {tokenizer!r} fails on the texts of {data}"):
         lengths = [len(ids) for ids in tokenise(texts, loaded, max_length=max_length)]
     print_result(estimate(lengths, batch_size=batch_size), as_json)

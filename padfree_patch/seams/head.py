@@ -22,6 +22,7 @@ from .kinds import Found, check_takes
 from .labelled import on_labelled_tokens
 from .language_head import predicts_next_tokens
 from .model_call import enter, proceed, seams_of, take_batch
+from .pooled import pool, pools
 
 NAME = "head"
 
@@ -49,6 +50,8 @@ def answer(call: Call) -> Any:
         return call.proceed()
     batch = _prepare(call)
     with found_ordinary(call) if batch is None else answering(call.module, batch):
+        if batch is not None and pools(call.module):
+            return pool(call, batch)
         return on_labelled_tokens(call, proceed)
 
 

@@ -20,6 +20,7 @@ from .found_ordinary import is_found_ordinary
 from .full_rows import look_at_bare_call, settle
 from .hand_over import is_awaited
 from .jump import say_jump
+from .pooled import pools
 from .stand_in import is_stand_in
 from .tracing import check_not_traced, is_exporting, is_jit_tracing, readable, reading
 from .under_way import under_way
@@ -274,11 +275,11 @@ def _check_result(call: Call) -> None:
         raise PadfreeError(
             f"{name}: output_attentions of a packed batch: its weights are never computed; switch it off"
         )
-    if needs_rows(call.module):
+    if needs_rows(call.module) and not pools(call.module):
         raise PadfreeError(
-            f"{name} gives one result per row, so a packed row would give one for all its sequences; call its decoder, "
-            "and its head on padfree_patch.last_tokens(hidden_states, sequences), or give it a padded batch, which "
-            "padfree_patch.integrations.padded.pack_padded(model) computes without its padding"
+            f"{name} makes its result of all tokens of a row, so a packed row would give one for all its sequences; "
+            "call its decoder, and its head on each of padfree_patch.unpack(hidden_states, sequences), or give it a "
+            "padded batch, which padfree_patch.integrations.padded.pack_padded(model) computes without its padding"
         )
 
 

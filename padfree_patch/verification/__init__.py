@@ -24,12 +24,15 @@ from .labelled import Comparison, compare_logits
 from .probe import LENGTHS, TOLERANCE_EPS, Probe, largest
 from .real_batch import error_on_batch
 from .result import Verification
+from .sight import Sight, look
 from .untouched import untouched, unwrapped, why_it_cannot_run
 
 __all__ = [
     "LENGTHS",
+    "Sight",
     "Verification",
     "compare_with_all_logits",
+    "look",
     "reads_first_label",
     "rounding_of_neighbours",
     "run_alone",
@@ -80,8 +83,9 @@ def _verified(
     with untouched(model), torch.inference_mode(False), torch.enable_grad():
         if batch is not None:
             error, tolerance, examples = error_on_batch(model, batch, Probe(unwrapped(model), autocast))
-            return Verification(model=name, alone_error=error, alone_tolerance=tolerance, examples=examples)
-        return _measure(name, model, Probe(unwrapped(model), autocast))
+            result = Verification(model=name, alone_error=error, alone_tolerance=tolerance, examples=examples)
+            return result.of(model)
+        return _measure(name, model, Probe(unwrapped(model), autocast)).of(model)
 
 
 def _measure(name: str, model: nn.Module, probe: Probe) -> Verification:

@@ -75,9 +75,9 @@ class Probe:
         """
         return self.logits(tokens, attention_mask=torch.ones_like(tokens), **self._entry.without_cache())
 
-    def packed(self, a: Tensor) -> Tensor:
+    def packed(self, a: Tensor, **options: bool) -> Tensor:
         """Runs an A and B in one row."""
-        return self.logits(torch.cat([a, self.b], dim=1), position_ids=self.positions)
+        return self.logits(torch.cat([a, self.b], dim=1), position_ids=self.positions, **options)
 
     def logit_change(self) -> float:
         """Measures how far B's logits move when A changes."""
@@ -95,6 +95,26 @@ class Probe:
                 worst = max(worst, largest(leaf.grad[:, : LENGTHS[0] - seen]))
             seen += leaf.shape[1]
         return worst
+
+    def gradients(self, *, use_cache: bool | None = None) -> Tensor:
+        """Measures the largest gradient of each token's outputs at each token's embedding: (tokens, tokens).
+
+        `use_cache` is what the call says of it; None says nothing.
+        """
+        options = {} if use_cache is None else {"use_cache": use_cache}
+        with _frozen(self.model):
+            outputs = self.packed(self.a, **options)[0].float().flatten(1)
+            return torch.stack([self._gradient_at_tokens(each.square().sum()) for each in outputs])
+
+    def _gradient_at_tokens(self, loss: Tensor) -> Tensor:
+        """Returns the largest gradient of a loss at the embedding of each token of the row, (tokens,)."""
+        loss.backward(retain_graph=True)
+        found = []
+        for leaf in self._entry.embeddings:  # one of the whole row, or one for each sequence
+            gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            found.append(gradient[0].float().abs().amax(-1))
+            leaf.grad = None
+        return torch.cat(found)[: sum(LENGTHS)]
 
     def alone_error(self) -> tuple[float, float]:
         """Measures the relative difference between packed and alone; gives it, and what it may be."""

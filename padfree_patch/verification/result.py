@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from ..errors import LeakError, PadfreeError
 from ..html_table import html_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +146,38 @@ class Verification:
         """Gives every field and `ok`, ready for JSON: a number that is not finite becomes None."""
         values = dataclasses.asdict(self) | {"ok": self.ok}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+    def of(self, model: nn.Module) -> Verification:
+        """Remembers the model that was measured, as long as it lives, for `plot`. Returns itself."""
+        object.__setattr__(self, "_measured", weakref.ref(model))
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_measured"}
+
+    def plot(self) -> Figure:
+        """Draws which token of a packed row sees which, on the model that was verified, as a matplotlib figure.
+
+        The row is that of the probes, two examples of nine and eight tokens. It is run again for the picture, on the
+        model as it is now: draw before `apply` or `restore` changes it.
+
+        Raises PadfreeError if matplotlib is not installed, nothing was measured, the model is gone, or it has changed
+        so that its examples mix now and did not, or the other way round.
+        """
+        from ..pictures.packed_row import draw
+        from .sight import look
+
+        model = vars(self).get("_measured", lambda: None)()
+        if self.skipped or model is None:
+            reason = self.skipped or "the model that was verified is gone; keep it, or call verify again"
+            raise PadfreeError(f"no picture of {self.model}: {reason}")
+        sight = look(model)
+        if not math.isnan(self.leaked_gradient) and bool(sight) != (self.leaked_gradient == 0):
+            raise PadfreeError(
+                f"no picture of {self.model}: it has changed since it was verified (examples "
+                f"{'did not mix' if self.leaked_gradient == 0 else 'mixed'} then); call verify again, and plot that"
+            )
+        return draw({f"{self.model}: {self._verdict()}": sight})
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, object]) -> Verification:

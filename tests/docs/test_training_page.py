@@ -30,7 +30,7 @@ def test_every_block_of_the_page_runs_and_does_what_the_text_says(llama, tmp_pat
     llama.resize_token_embeddings(len(tokenizer))
     names = {"model": llama, "tokenizer": tokenizer, "texts": datasets.Dataset.from_list(rows)}
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 10
+    assert len(blocks) == 12
     logs = []
     for block in blocks:
         block = block.replace("2048", "64")
@@ -46,3 +46,5 @@ def test_every_block_of_the_page_runs_and_does_what_the_text_says(llama, tmp_pat
     assert isinstance(names["sequences"], PackedSequences)
     torch.testing.assert_close(names["pooled"][1], names["second"][-1])
     assert names["log_probs"].shape == (2,)
+    assert 0 <= names["metrics"]["eval_accuracy"] <= 1
+    assert names["counted"]["eval_examples"] == len(names["texts"])

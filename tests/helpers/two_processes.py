@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 import subprocess
@@ -16,10 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
+from transformers import AutoModelForSequenceClassification, TrainingArguments
 
+from helpers.recipes import run, save_tiny_model, sentence
 from helpers.training import Stream, data, flattening, padding, trained, trainer_of
 from padfree_patch import (
+    DataCollatorForSequenceClassification,
     DataCollatorWithFlattening,
     PaddingFreeCallback,
     TokenBudgetBatchSampler,
@@ -115,6 +118,34 @@ def figures(folder):
     return counts.figures(torch.device("cpu")), logged
 
 
+def classified(rank=None):
+    """The loss and the gradients of a classifier's four texts: of a rank's under DDP, or of all, each alone."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(llama().config)
+    config.num_labels = 3
+    model = AutoModelForSequenceClassification.from_config(config)
+    texts, labels = [each[0] for each in examples((5, 9, 4, 12))], torch.tensor([0, 2, 1, 1])
+    if rank is None:
+        logits = torch.cat([model(input_ids=ids[None]).logits for ids in texts])
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+    else:
+        mine = slice(2 * rank, 2 * rank + 2)
+        rows = [{"input_ids": ids.tolist(), "label": int(label)} for ids, label in zip(texts[mine], labels[mine])]
+        wrapped = nn.parallel.DistributedDataParallel(apply(model))
+        loss = wrapped(**DataCollatorForSequenceClassification()(rows)).loss
+    loss.backward()
+    return {name: each.grad.clone() for name, each in model.named_parameters()}
+
+
+def recipe(folder):
+    """The weights that examples/token_budget.py ends with, and the losses that it logs."""
+    save_tiny_model(folder / "model")
+    rows = [{"text": sentence(i, 3 + 5 * (i % 4))} for i in range(24)]
+    trainer = run("token_budget.py", folder / "model", rows, folder)["trainer"]
+    losses = [each["loss"] for each in trainer.state.log_history if "loss" in each]
+    return [each.detach() for each in trainer.model.parameters()], losses
+
+
 def dispatching(flag):
     """Whether one process reads and deals out, under the version's name for it."""
     new = "accelerator_config" in {field.name for field in fields(TrainingArguments)}
@@ -158,6 +189,8 @@ def main(folder: Path) -> None:
         llama(), folder / "stream", flattening(return_flash_attn_kwargs=True), patched=True, **apart
     )
     found["budget"], found["budget's steps"] = trained_by_tokens(folder / "budget")
+    found["classifier"] = classified(rank)
+    found["recipe"] = recipe(folder / f"recipe-{rank}")
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     together = {**few, **dispatching(True), "dataset": Stream()}  # an error, which ends both processes

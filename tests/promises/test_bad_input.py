@@ -69,13 +69,12 @@ def test_sequence_over_two_rows_is_refused(llama):
         llama(input_ids=ids, cu_seq_lens_q=torch.tensor([0, 5, 12]))
 
 
-@pytest.mark.parametrize("head", ["LlamaForSequenceClassification", "LlamaForQuestionAnswering"])
-def test_heads_with_one_result_per_row_refuse_a_packed_row(llama, batch, head):
-    if not hasattr(transformers, head):
-        pytest.skip(f"transformers {transformers.__version__} has no {head}")
-    model = getattr(transformers, head)(llama.config)
+def test_heads_whose_result_is_of_all_tokens_of_a_row_refuse_a_packed_row(llama, batch):
+    if not hasattr(transformers, "LlamaForQuestionAnswering"):
+        pytest.skip(f"transformers {transformers.__version__} has no LlamaForQuestionAnswering")
+    model = transformers.LlamaForQuestionAnswering(llama.config)
     with padfree_patch.applied(model):  # verify looks at the decoder
-        with pytest.raises(PadfreeError, match="gives one result per row"):
+        with pytest.raises(PadfreeError, match="makes its result of all tokens of a row"):
             model(**batch)
         model(input_ids=batch["input_ids"])
 

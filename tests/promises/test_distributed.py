@@ -88,6 +88,19 @@ def test_token_budget_gives_each_rank_its_batches(found):
         assert taken == planned > 4
 
 
+def test_classifier_on_two_processes_is_each_text_alone(found):
+    expected = two_processes.classified()
+    for rank in found:
+        for name, gradient in rank["classifier"].items():
+            assert (gradient - expected[name]).norm() <= SAME_WEIGHTS * expected[name].norm() + 1e-8, name
+
+
+def test_recipe_of_a_token_budget_runs_on_two_processes(found):
+    (weights, losses), (others, other_losses) = (rank["recipe"] for rank in found)
+    torch.testing.assert_close(weights, others, rtol=0, atol=0)
+    assert len(losses) > 1 and losses == other_losses
+
+
 def test_figures_of_the_callback_are_those_of_the_run(found):
     """Rank 0 counted 10,000 tokens in 1000 seconds, rank 1 20,000."""
     (counted, logged), (other, also_logged) = (rank["figures"] for rank in found)

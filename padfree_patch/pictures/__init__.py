@@ -1,0 +1,1 @@
+"""Pictures of packed rows: which token sees which, and what a real batch holds. They need matplotlib."""
