@@ -18,7 +18,6 @@ import uv_places
 from pins import (
     BESIDE,
     BITSANDBYTES,
-    BROWSER,
     DOCS,
     FLASH_ATTN,
     FLASH_ATTN_ON_CPU,
@@ -129,9 +128,8 @@ def full(session: nox.Session) -> None:
     global full_asked_for
     full_asked_for = True
     names = [f"{name}({version})" for name, versions in EVERYWHERE.items() for version in versions]
-    for name in ("lint", "wheel", *names, "deepspeed", "matrix"):
-        session.notify(name, posargs=[])
-    session.notify("docs", posargs=["--screenshots"])
+    for name in ("lint", "wheel", *names, "deepspeed", "matrix", "docs"):
+        session.notify(name, posargs=["--screenshots"] if name == "docs" else [])
 
 
 @nox.session
@@ -269,9 +267,9 @@ def upstream(session: nox.Session) -> None:
 @timed
 def docs(session: nox.Session) -> None:
     """The site in build/site; a broken link is an error. `-- --screenshots`: the notebook and a browser too."""
-    session.install(*DOCS)
+    session.install(*DOCS["site"])
     if seen := "--screenshots" in session.posargs:
-        session.install("-e", ".[pictures,demo]", *pins(VERSIONS[-1]), *BROWSER)
+        session.install("-e", ".[pictures,demo]", *pins(VERSIONS[-1]), *DOCS["seen"])
         session.run("python", "tools/run_notebook.py", env=ALONE)
     session.run("mkdocs", "build", "--strict", "--quiet", env={"NO_MKDOCS_2_WARNING": "1"})
     if seen:

@@ -36,8 +36,10 @@ FLASH_ATTN_ON_CPU = {
 FLASH_ATTN = ["4.35.2", "4.42.4", "4.47.1", "4.52.4", "5.0.0", "5.24.0"]
 
 
-DOCS = ["mkdocs-material==9.8.1", "mkdocstrings-python==2.0.11", "ruff"]  # which formats signatures
-BROWSER = ["playwright==1.65.2", "nbclient==0.11.0", "ipykernel"]  # and a kernel for the notebook
+DOCS = {
+    "site": ["mkdocs-material==9.8.1", "mkdocstrings-python==2.0.11", "ruff"],  # ruff formats signatures
+    "seen": ["playwright==1.65.2", "nbclient==0.11.0", "ipykernel"],  # a browser, and a kernel for the notebook
+}
 
 
 def pins(transformers: str) -> list[str]:
