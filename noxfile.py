@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import nox
@@ -30,6 +27,7 @@ from pins import (
     WITHOUT_SLOW,
     pins,
 )
+from session_times import timed
 
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"
@@ -38,7 +36,6 @@ nox.options.tags = ["ci"]  # what `make test` runs
 uv_places.prepare()
 
 full_asked_for = False
-SECONDS = Path(".nox", "seconds.txt")  # how long each session took, a line each; `.ci/totals.py` prints them
 
 DISTRIBUTED = "tests/promises/test_distributed.py"
 NEWEST_ONLY = ["tests/attention", "tests/tools", "tests/examples"]  # long; any version would do
@@ -48,22 +45,6 @@ OWN_PROCESS = Path("tests", "own_process")
 # One thread per process: the models are too small for torch to fill two cores with one process.
 ALONE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 STAND_INS = "tests/helpers/stand_ins"  # in place of flash-attn, for whoever has this folder on PYTHONPATH
-
-
-def timed(session_function: Callable[..., None]) -> Callable[..., None]:
-    """Adds a line to `SECONDS` when the session ends, also by failing."""
-
-    @functools.wraps(session_function)
-    def run(session: nox.Session, *arguments: object, **parameters: object) -> None:
-        start = time.monotonic()
-        try:
-            session_function(session, *arguments, **parameters)
-        finally:
-            SECONDS.parent.mkdir(exist_ok=True)
-            with SECONDS.open("a") as file:
-                print(f"{time.monotonic() - start:.0f} {session.name}", file=file)
-
-    return run
 
 
 @nox.session(tags=["ci"])
