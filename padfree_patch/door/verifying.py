@@ -10,7 +10,7 @@ from torch import nn
 from .. import verification
 from ..errors import PadfreeError
 from ..models import pretrained_modules
-from ..patching import apply, is_applied, way_of
+from ..patching import apply, is_applied
 from ..patching.deferred import apply_deferred
 from ..patching.later import verify_later
 from ..seams.kernel import recording_backends
@@ -69,7 +69,7 @@ def _measured(model: nn.Module) -> tuple[str, str | None]:
     try:
         if reason := _why_not(model):
             return asked, reason
-        if way_of(model):
+        if any(each.unproven for each in OptIn.all_in(model).values()):
             apply(model, backend=asked)
         with recording_backends() as backends:
             result = verification.verify_as_it_trains(model)

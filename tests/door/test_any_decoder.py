@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
-from helpers.door import lines
+import padfree_patch
+from helpers.door import lines, made
 from helpers.training import flattening, padding, trainer_of
 from padfree_patch import PadfreeError, autopatch, patching
+from padfree_patch.patching import deferred
+from padfree_patch.registry import registry
 from padfree_patch.testing import examples, pack
+from padfree_patch.wrapping.opt_in import OptIn
 
 pytestmark = pytest.mark.versions
 
@@ -62,6 +67,23 @@ def test_a_loop_of_its_own_verifies_it_in_its_first_packed_call(door, capfd):
     with torch.no_grad():
         twin(**pack(examples((5, 4))))
     assert lines(capfd) == []
+
+
+def test_what_the_user_applies_keeps_its_choice_of_logits(door, tmp_path):
+    model = padfree_patch.apply(neox(), logits="labelled")
+    trainer_of(model, tmp_path, flattening(), max_steps=1).train()
+    assert {each.logits for each in OptIn.all_in(model).values()} == {"labelled"}
+
+
+def test_a_registered_model_that_is_entered_in_a_way_is_so_here_too(door, capfd, monkeypatch):
+    """As Llama 4 and GPT-OSS are, which not every version has."""
+    patch = dataclasses.replace(registry().get("llama"), any_decoder=True)
+    for module in (deferred, patching):
+        monkeypatch.setattr(module, "patch_for", lambda model: patch)
+    model = made().train()
+    assert patching.way_of(model)
+    model(**pack(examples((5, 4))))
+    assert lines(capfd)[0].startswith("padfree-patch: LlamaForCausalLM (llama) patched, backend")
 
 
 def no_way(model, before, backend, *, verify):
