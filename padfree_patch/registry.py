@@ -30,7 +30,10 @@ class AttentionCall:
     call: Call
     """`call.module` is the attention module, `call.arguments` its arguments by name, `call.original` its forward."""
     batch: PackedBatch
-    """`batch.sequences` says where the sequences end; `position_ids` and `positions_from_zero` of it are (B, T)."""
+    """`batch.sequences` says where the sequences end; `position_ids` and `positions_from_zero` of it are (B, T).
+
+    A sequence may go on from a prompt that examples share: then `positions_from_zero` count from where that begins.
+    """
     key_bias: Tensor | None = None
     """What is added to the scores of each key before they are scaled, (H, B * T), or None."""
 
@@ -55,6 +58,9 @@ class Patch:
     attention_call: Callable[[AttentionCall], AttentionCall] | None = None
     """For attention that needs more than another kernel: given each packed call of an attention module, returns the
     call to make instead."""
+    attention_call_knows_prompts: bool = False
+    """Whether what `attention_call` does is right where sequences go on from shared prompts too
+    (`PackedSequences.prefixes`); if not, such rows are refused."""
     quirks: Callable[[Any], list[str]] | None = None
     """Says of a config what upstream does with its model, in the running version, that one would not expect."""
     variants: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)

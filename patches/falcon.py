@@ -50,7 +50,9 @@ def attention_call(call: AttentionCall) -> AttentionCall:
 
 def _alibi(batch: PackedBatch, heads: int, modeling: Any) -> Tensor:
     """Returns upstream's ALiBi, (H, B * T), counted from 0 in each sequence."""
-    longest = torch.ones(1, batch.sequences.max_seqlen, dtype=torch.long, device=batch.position_ids.device)
+    sequences = batch.sequences
+    tokens = sequences.max_seqlen if sequences.prefixes is None else max(sequences.whole_lengths)
+    longest = torch.ones(1, tokens, dtype=torch.long, device=batch.position_ids.device)
     table: Tensor = modeling.build_alibi_tensor(longest, heads, dtype=torch.float32)  # (H, 1, longest)
     return table.squeeze(1)[:, batch.positions_from_zero.reshape(-1)]
 
@@ -82,6 +84,7 @@ PATCH = Patch(
     transformers=">=4.34,<5.25",
     tiny={"num_kv_heads": 2, "new_decoder_architecture": True},
     attention_call=attention_call,
+    attention_call_knows_prompts=True,
     quirks=quirks,
     upstream_refuses=upstream_refuses,
     variants={

@@ -1,21 +1,47 @@
 """A packed row cut into its sequences, for code of upstream that runs on each, and joined again.
 
+A sequence that goes on from a shared prompt is cut out together with the prompt, as a whole example. What comes of the
+prompt's tokens is left out again: it is made where the prompt stands.
+
 Arguments of a packed call have the T tokens of each of B rows, (B, T, ...), those of a sequence its own, (1, N, ...).
 Which dimension has the tokens is told by its size; where two could, it is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..batch.packed_batch import PackedBatch
+from ..batch.sequences import PackedSequences
 from ..errors import PadfreeError
 from ..seams.under_way import under_way
 from .noted_mask import is_noted, number_of, recipes
+
+
+class _Place(NamedTuple):
+    """Where the tokens lie that a sequence is run on."""
+
+    row: int
+    parts: tuple[tuple[int, int], ...]
+    """(start, tokens) in the row: of the prompt, if the sequence goes on from one, and of its own."""
+    length: int
+    """Tokens in all parts."""
+
+
+def _places(sequences: PackedSequences, tokens: int) -> Iterator[_Place]:
+    """Yields the place of each sequence in rows of so many tokens."""
+    begins = itertools.accumulate(sequences.lengths, initial=0)
+    own = [(*divmod(begin, tokens), length) for begin, length in zip(begins, sequences.lengths)]
+    for i, (row, start, length) in enumerate(own):
+        prefix = -1 if sequences.prefixes is None else sequences.prefixes[i]
+        prompt = [own[prefix][1:]] if prefix >= 0 else []
+        parts = (*prompt, (start, length))
+        yield _Place(row, parts, sum(n for _, n in parts))
 
 
 class Cutter:
@@ -35,6 +61,8 @@ class Cutter:
         """
         self._rows, self._tokens = (int(n) for n in batch.position_ids.shape)
         self._total, self._lengths = batch.sequences.total, batch.sequences.lengths
+        self._whole = batch.sequences.whole_lengths
+        self._places = list(_places(batch.sequences, self._tokens))
         self._device, self._module, self._dims = batch.position_ids.device, module, token_dims or {}
         self._who, self._scores = type(module).__name__, scores
         self._masks: dict[Hashable, Any] = {} if under_way.masks is None else under_way.masks
@@ -42,14 +70,16 @@ class Cutter:
     def run(self, arguments: dict[str, Any], run: Callable[[dict[str, Any]], Any]) -> list[Any]:
         """Runs something on each sequence's part of the arguments."""
         counts = {name: value - self._tokens for name, value in arguments.items() if self._is_count(name, value)}
-        results, begin = [], 0
-        for length in self._lengths:
-            row, start = divmod(begin, self._tokens)
-            place = row, start, length
+        results = []
+        for place in self._places:
             cut = {name: self._cut(value, place, self._dims.get(name)) for name, value in arguments.items()}
-            results.append(run(cut | {name: length + beyond for name, beyond in counts.items()}))
-            begin += length
+            results.append(run(cut | {name: place.length + beyond for name, beyond in counts.items()}))
         return results
+
+    def without_prompts(self, results: Sequence[Tensor], dim: int) -> list[Tensor]:
+        """Returns what each sequence gave for its own tokens, which lie in a dimension after those of its prompt."""
+        pairs = zip(results, self._lengths, self._whole)
+        return [each if own == whole else each.narrow(dim, whole - own, own) for each, own, whole in pairs]
 
     def _is_count(self, name: str, value: object) -> bool:
         """Whether an argument is the number of the row's tokens, or the position of the last one."""
@@ -58,9 +88,9 @@ class Cutter:
         last = "position" in name and value == self._tokens - 1
         return last or (value == self._tokens and any(part in name for part in ("seq", "len", "position")))
 
-    def _cut(self, value: Any, place: tuple[int, int, int], known: int | None) -> Any:
-        """Returns what belongs to one sequence, given its row, where it begins there, and its length."""
-        row, start, length = place
+    def _cut(self, value: Any, place: _Place, known: int | None) -> Any:
+        """Returns what belongs to one sequence."""
+        length = place.length
         if isinstance(value, (tuple, torch.Size)) and len(value) > 1 and all(type(each) is int for each in value):
             return type(value)(self._shape(value, length))
         if (inside := _inside(value, lambda each: self._cut(each, place, None))) is not None:
@@ -74,9 +104,10 @@ class Cutter:
             return value[:length] if counts else value
         dims = self._token_dims(value) if known is None else [known]
         if dims and self._rows > 1:
-            value = self._row(value, row, dims[0])
+            value = self._row(value, place.row, dims[0])
         for dim in dims:
-            value = value.narrow(dim, start, length)
+            parts = [value.narrow(dim, start, tokens) for start, tokens in place.parts]
+            value = parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
         return value
 
     def _shape(self, sizes: Sequence[int], length: int) -> list[int]:
@@ -142,14 +173,14 @@ class Cutter:
         if all(each is first for each in results):
             return first
         dims = range(0 if first.dim() == 2 else 1, first.dim())
-        fitting = [d for d in dims if all(each.shape[d] == n for each, n in zip(results, self._lengths))]
+        fitting = [d for d in dims if all(each.shape[d] == n for each, n in zip(results, self._whole))]
         if not fitting:
             return None
         dim = 1 if first.dim() == 2 and first.shape[0] == 1 and 1 in fitting else fitting[0]
         others = [[n for d, n in enumerate(each.shape) if d != dim] for each in results]
         if any(each != others[0] for each in others):
             return None
-        whole = torch.cat(list(results), dim=dim)
+        whole = torch.cat(self.without_prompts(results, dim), dim=dim)
         if self._rows == 1 or dim == 0:
             return whole
         return whole.squeeze(0).unflatten(dim - 1, (self._rows, -1)).movedim(dim - 1, 0)

@@ -53,7 +53,8 @@ def answer(call: Call) -> tuple[Tensor, None]:
     """Answers an attention function: tensors (B, heads, T, D) in, (B, T, H, D) and no weights out."""
     module, q, mask = (call.arguments[call.names[place]] for place in (0, 1, 4))
     batch, recipe = batch_of(mask, q.device), recipe_of(mask)
-    plain = is_plain(call, recipe)
+    # The chunks of an example that goes on from a shared prompt are not those of the row.
+    plain = is_plain(call, recipe) and not (recipe.kind == "chunk" and batch.sequences.prefixes)
     if (opt_in := OptIn.of(module)) is not None:
         opt_in.special = not plain
     if plain:
@@ -62,7 +63,7 @@ def answer(call: Call) -> tuple[Tensor, None]:
     cutter = Cutter(batch, module, dict.fromkeys(call.names[1:4], 2), scores=True)
     arguments = {name: value for name, value in call.arguments.items() if value is not module}
     results = cutter.run(arguments, lambda cut: call.changed(**cut).proceed()[0])
-    output = torch.cat(results, dim=1)  # (1, B * T, H, D)
+    output = torch.cat(cutter.without_prompts(results, 1), dim=1)  # (1, B * T, H, D)
     return output.view(q.shape[0], -1, *output.shape[2:]), None
 
 

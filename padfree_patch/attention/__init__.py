@@ -13,7 +13,7 @@ from ..errors import PadfreeError
 from . import flash_attn, flash_attn_3, flex, sdpa, torch_varlen
 from .spec import Backend, Needs
 
-__all__ = ["BACKENDS", "Backend", "Needs", "check_name", "names", "select"]
+__all__ = ["BACKENDS", "Backend", "Needs", "check_name", "names", "refusal", "select"]
 
 BACKENDS: tuple[Backend, ...] = (flash_attn_3, flash_attn, torch_varlen, flex, sdpa)
 """In the order of preference: the fastest first."""
@@ -40,11 +40,18 @@ def select(needs: Needs, name: str = "auto") -> Backend:
     """
     check_name(name)
     for backend in BACKENDS:
-        if name in ("auto", backend.NAME) and backend.refusal(needs) is None:
+        if name in ("auto", backend.NAME) and refusal(backend, needs) is None:
             return backend
     wanted = "no attention backend for" if name == "auto" else f"backend {name!r} can't serve"
     raise PadfreeError(f"{wanted} {needs}:\n{_list_reasons(needs)}")
 
 
 def _list_reasons(needs: Needs) -> str:
-    return "\n".join(f"  {backend.NAME}: {backend.refusal(needs) or 'works'}" for backend in BACKENDS)
+    return "\n".join(f"  {backend.NAME}: {refusal(backend, needs) or 'works'}" for backend in BACKENDS)
+
+
+def refusal(backend: Backend, needs: Needs) -> str | None:
+    """Says why a backend can't do what a call needs; None if it can."""
+    if needs.prompts and not backend.KNOWS_PROMPTS:
+        return "knows no prompts that sequences share"
+    return backend.refusal(needs)

@@ -1,11 +1,13 @@
 """Varlen attention on the CPU by the flash operators behind `scaled_dot_product_attention`, in one autograd node.
 
 One node keeps autograd's graph from growing with the number of sequences. Inside it, the operators are called for each
-sequence, with two differences from the public function:
+sequence, with three differences from the public function:
 
 - Unless a sequence is long, the operators also compute most of the scores that causality hides. So sequences of up to
   `CHUNKED_UNTIL` tokens are cut into chunks of queries (forward) and of keys (backward), each against what it can see.
   Sliding windows are the same chunks with less to see.
+- A sequence that goes on from a shared prompt is two calls, one on the prompt and one on its own tokens, whose outputs
+  are merged by the log-sum-exp of their scores. The backward is two calls with the merged output and log-sum-exp.
 - In bfloat16 and float16 the operators are slow on short sequences, so each sequence is computed in float32. The
   backward of a longer bfloat16 sequence is matrix products in bfloat16 (`bfloat16_backward.py`).
 
@@ -17,12 +19,16 @@ Letters: T tokens of all sequences, L of one, H query heads, K key/value heads, 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..batch.sequences import PackedSequences
 from .bfloat16_backward import gradients_by_matmuls
+from .cpu_operators import flash_backward, flash_forward
+from .cpu_prompts import backward_of_prompt, merge_prompt
 from .per_sequence import chunk_size, split_by_sequence, working_dtype
 from .second_order import gradients_with_gradients, transformed
 
@@ -38,10 +44,10 @@ MATMULS_FROM = 193
 """Tokens from which a bfloat16 sequence has the faster backward in matrix products."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, scale: float, window: int = 0) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, *, scale: float, window: int = 0) -> Tensor:
     """Computes `Backend.attend` for v of k's shape, where `works` is true and no tensor is `transformed`."""
     q, k, v = (_with_dense_rows(x) for x in (q, k, v))
-    out: Tensor = _Attention.apply(q, k, v, lengths, scale, window)[0]
+    out: Tensor = _Attention.apply(q, k, v, sequences, scale, window)[0]
     return out
 
 
@@ -67,7 +73,7 @@ def works() -> bool:
 
 
 class _Options(NamedTuple):
-    lengths: tuple[int, ...]
+    sequences: PackedSequences
     scale: float
     window: int
 
@@ -90,12 +96,17 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, window: int
+        q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: float, window: int
     ) -> tuple[Tensor, Tensor]:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty(q.shape[:2], dtype=working_dtype(q.dtype))
-        for q_, k_, v_, out_, lse_ in split_by_sequence(lengths, q, k, v, out, lse):
-            result, its_lse = _forward(q_.to(lse.dtype), k_.to(lse.dtype), v_.to(lse.dtype), scale, window)
+        pieces = list(split_by_sequence(sequences.lengths, q, k, v, out, lse))
+        for (q_, k_, v_, out_, lse_), prefix in zip(pieces, _prefixes(sequences)):
+            q_, k_, v_ = (x.to(lse.dtype) for x in (q_, k_, v_))
+            result, its_lse = _forward(q_, k_, v_, scale, window)
+            if prefix >= 0:
+                k_, v_ = (x.to(lse.dtype) for x in pieces[prefix][1:3])
+                merge_prompt(q_, k_, v_, result, its_lse, scale=scale, window=window)
             out_.copy_(result)
             lse_.copy_(its_lse)
         return out, lse
@@ -103,11 +114,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def setup_context(
         ctx: _Context,
-        inputs: tuple[Tensor, Tensor, Tensor, tuple[int, ...], float, int],
+        inputs: tuple[Tensor, Tensor, Tensor, PackedSequences, float, int],
         output: tuple[Tensor, Tensor],
     ) -> None:
-        q, k, v, lengths, scale, window = inputs
-        ctx.options = _Options(lengths, scale, window)
+        q, k, v, sequences, scale, window = inputs
+        ctx.options = _Options(sequences, scale, window)
         ctx.save_for_backward(q, k, v, *output)
         ctx.mark_non_differentiable(output[1])  # the log-sum-exp
         ctx.set_materialize_grads(False)
@@ -117,13 +128,19 @@ class _Attention(torch.autograd.Function):
         if dout is None:  # what came after attention has no gradient
             return None, None, None, None, None, None
         q, k, v, out, lse = ctx.saved_tensors
-        lengths, scale, window = ctx.options
+        sequences, scale, window = ctx.options
         if torch.is_grad_enabled() or transformed(dout):  # create_graph=True, or many dout at once (vmap)
-            gradients = gradients_with_gradients(dout, q, k, v, lengths, scale=scale, window=window)
+            gradients = gradients_with_gradients(dout, q, k, v, sequences, scale=scale, window=window)
             return *gradients, None, None, None
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        each = split_by_sequence(lengths, _with_dense_rows(dout), q, k, v, out, lse, dq, dk, dv)
-        for dout_, q_, k_, v_, out_, lse_, *results in each:
+        # What sequences that share a prompt add to its gradients is not rounded each time.
+        summed = lse.dtype if sequences.prefixes else q.dtype
+        dq, dk, dv = (
+            torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+            for x, dtype in ((q, q.dtype), (k, summed), (v, summed))
+        )
+        pieces = split_by_sequence(sequences.lengths, _with_dense_rows(dout), q, k, v, out, lse, dq, dk, dv)
+        each = list(pieces)
+        for (dout_, q_, k_, v_, out_, lse_, *results), prefix in zip(each, _prefixes(sequences)):
             length = lse_.shape[2]
             by_matmuls = q.dtype == torch.bfloat16 and length >= MATMULS_FROM and scale > 0
             if by_matmuls and not 0 < window < length:
@@ -131,9 +148,21 @@ class _Attention(torch.autograd.Function):
             else:
                 dout_, q_, k_, v_, out_ = (x.to(lse.dtype) for x in (dout_, q_, k_, v_, out_))
                 gradients = _backward(dout_, q_, k_, v_, out_, lse_, scale=scale, window=window)
+            if prefix >= 0:
+                _, _, k_, v_, _, _, _, *dprompt = each[prefix]
+                dout_, q_, k_, v_, out_ = (x.to(lse.dtype) for x in (dout_, q_, k_, v_, out_))
+                dq_, *more = backward_of_prompt(dout_, q_, k_, v_, out_, lse_, scale=scale, window=window)
+                gradients = gradients[0] + dq_, *gradients[1:]
+                for total, gradient in zip(dprompt, more):
+                    total += gradient
             for result, gradient in zip(results, gradients):
                 result.copy_(gradient)
-        return dq, dk, dv, None, None, None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def _prefixes(sequences: PackedSequences) -> Iterator[int]:
+    """Yields for each sequence the number of the one that it goes on from, -1 for none."""
+    return iter(sequences.prefixes or (-1,) * len(sequences))
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
@@ -209,30 +238,3 @@ def _bands(size: int, sees: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _with_dense_rows(x: Tensor) -> Tensor:
     """Copies x unless its last dimension has stride 1; with any other the operators return NaN."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = True, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Calls PyTorch's private operator: q (1, H, L, D) to (1, H, L, D) and the log-sum-exp (1, H, L) of the scores."""
-    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    out, lse = operator(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-    return out, lse
-
-
-def flash_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    causal: bool = True,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Calls the private operator's backward, which gives dq, dk and dv."""
-    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    dq, dk, dv = operator(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
-    return dq, dk, dv

@@ -17,16 +17,18 @@ from .. import versions
 from ..batch.sequences import PackedSequences
 from ..errors import PadfreeError
 from .flash_family import call_varlen_func, kernels_refuse
+from .prompts import seen_keys
 from .second_order import refuse_second_derivatives
 from .spec import Needs, check_shapes
 
 NAME = "flash_attn"
 ANY_VALUE_SIZE = False
+KNOWS_PROMPTS = True
 
 
 def refusal(needs: Needs) -> str | None:
     """Says why this backend can't do what a call needs; None if it can."""
-    if versions.installed("flash-attn") is None:
+    if (version := versions.installed("flash-attn")) is None:
         return "package flash-attn is not installed (pip install flash-attn)"
     if reason := kernels_refuse(needs):
         return reason
@@ -38,6 +40,8 @@ def refusal(needs: Needs) -> str | None:
         return "sliding windows need flash-attn >= 2.3"
     if needs.softcap and "softcap" not in takes:
         return "softcap needs flash-attn >= 2.6"
+    if needs.prompts and versions.inside(version, "<2.1"):
+        return "shared prompts need flash-attn >= 2.1, whose causal mask ends with the last key"
     return None
 
 
@@ -77,10 +81,11 @@ def check_int32_bound(sequences: PackedSequences, *, heads: int, head_dim: int) 
     """
     padded_dim = -(-head_dim // 32) * 32
     count = sequences.kernel_cu_seqlens().numel() - 1  # len would wait for the device if only that knows the lengths
-    elements = (sequences.total + 128 * count) * heads * padded_dim
+    tokens = seen_keys(sequences).total
+    elements = (tokens + 128 * count) * heads * padded_dim
     if elements >= 2**31:
         raise PadfreeError(
-            f"flash_attn: {count} sequences of {sequences.total} tokens with {heads} heads of size {head_dim} "
+            f"flash_attn: {count} sequences of {tokens} tokens with {heads} heads of size {head_dim} "
             f"need {elements} elements in the backward, more than int32 can index ({2**31}); "
             "put fewer sequences into a batch"
         )

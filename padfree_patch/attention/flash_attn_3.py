@@ -18,6 +18,7 @@ from .spec import Needs, check_shapes
 
 NAME = "flash_attn_3"
 ANY_VALUE_SIZE = False
+KNOWS_PROMPTS = True
 
 REQUIRED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 """The arguments without a default that `attend` passes; builds of 2024 require more than these."""

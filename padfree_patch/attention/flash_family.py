@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..batch.sequences import PackedSequences
+from .prompts import seen_keys
 from .spec import Needs
 
 Output = TypeVar("Output")
@@ -56,20 +57,23 @@ def call_varlen_func(
     softcap: float,
     **more: object,
 ) -> Output:
-    """Calls a package's `flash_attn_varlen_func`. Older ones lack a window or softcap: 0 of either is not passed."""
+    """Calls a package's `flash_attn_varlen_func`. Older ones lack a window or softcap: 0 of either is not passed.
+
+    Where queries are fewer than keys, as after a shared prompt, the causal mask and the window end with the last key.
+    """
     if window:
         more["window_size"] = left_and_right(window)
     if softcap:
         more["softcap"] = softcap
-    cu_seqlens = sequences.kernel_cu_seqlens()
+    keys = seen_keys(sequences)
     return function(
         q,
-        k,
-        v,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
+        keys.gather(k),
+        keys.gather(v),
+        cu_seqlens_q=sequences.kernel_cu_seqlens(),
+        cu_seqlens_k=keys.cu_seqlens,
         max_seqlen_q=sequences.max_seqlen,
-        max_seqlen_k=sequences.max_seqlen,
+        max_seqlen_k=keys.longest,
         softmax_scale=scale,
         causal=True,
         **more,

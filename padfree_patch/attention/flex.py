@@ -2,7 +2,8 @@
 
 The kernel skips blocks of 128 queries by 128 keys that the mask leaves out. `create_block_mask` finds them in a dense
 T x T mask. Here they follow from where the sequences begin, without such a mask and without a device sync. They are
-computed once per forward: every layer gets the same `PackedSequences`, which keeps them.
+computed once per forward: every layer gets the same `PackedSequences`, which keeps them. Where sequences share prompts,
+their blocks of keys are added (`flex_prompts`).
 
 Read against torch/nn/attention/flex_attention.py of 2.13.0. It has no dropout. On the CPU it has no backward, and takes
 half a minute to compile; so only the mask and the uncompiled function are tested there.
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from .. import versions
 from ..batch.sequences import PackedSequences
+from .flex_prompts import block_mask_with_prompts
 from .second_order import refuse_second_derivatives
 from .spec import Needs, check_shapes
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:  # older torch has none
 
 NAME = "flex"
 ANY_VALUE_SIZE = True
+KNOWS_PROMPTS = True
 
 BLOCK = 128
 """Queries and keys per block: what the kernel is tuned for."""
@@ -94,7 +97,10 @@ def block_mask(sequences: PackedSequences, window: int = 0) -> BlockMask:
     """Makes the `BlockMask` (1, 1, T, T) of causal attention inside each sequence, once for a `PackedSequences`."""
     key = f"flex block mask, window {window}"
     if key not in sequences.derived:
-        sequences.derived[key] = _block_mask(sequences.kernel_cu_seqlens(), sequences.total, window)
+        if sequences.prefixes is None:
+            sequences.derived[key] = _block_mask(sequences.kernel_cu_seqlens(), sequences.total, window)
+        else:
+            sequences.derived[key] = block_mask_with_prompts(sequences, window, BLOCK)
     mask: BlockMask = sequences.derived[key]
     return mask
 

@@ -19,12 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from .. import versions
 from ..batch.sequences import PackedSequences
 from . import cpu
-from .per_sequence import chunk_size, split_by_sequence, working_dtype
+from .per_sequence import chunk_size, working_dtype
+from .prompts import split_with_seen_keys
 from .second_order import transformed
 from .spec import Needs, check_shapes
 
 NAME = "sdpa"
 ANY_VALUE_SIZE = True
+KNOWS_PROMPTS = True
 
 
 def refusal(needs: Needs) -> str | None:
@@ -45,12 +47,12 @@ def attend(
 ) -> Tensor:
     """Computes attention, on any device and with every option (`Backend.attend`)."""
     check_shapes(q, k, v, sequences)
-    lengths, on_cpu = sequences.lengths, q.device.type == "cpu"
+    on_cpu = q.device.type == "cpu"
     # The public function has no softcap, and on the CPU no dropout without all scores of a sequence in memory. Nor does
     # anything but matrix products know every transform of torch.func.
     by_matmuls = bool(softcap) or (bool(dropout) and on_cpu) or transformed(q, k, v)
     if on_cpu and not by_matmuls and k.shape == v.shape and cpu.works():
-        return cpu.attend(q, k, v, lengths, scale=scale, window=window)
+        return cpu.attend(q, k, v, sequences, scale=scale, window=window)
     attend_chunk: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     if by_matmuls:
         attend_chunk = functools.partial(_matmuls, scale=scale, softcap=softcap, dropout=dropout)
@@ -58,8 +60,8 @@ def attend(
         attend_chunk = functools.partial(_sdpa, scale=scale, dropout=dropout)
     outputs = []
     with _without_cudnn(q.device):
-        for q_, k_, v_ in split_by_sequence(lengths, q, k, v):
-            if by_matmuls or 0 < window < q_.shape[2]:
+        for q_, k_, v_ in split_with_seen_keys(sequences, (q,), (k, v)):
+            if by_matmuls or 0 < window < k_.shape[2] or q_.shape[2] < k_.shape[2]:
                 output = _in_chunks(attend_chunk, q_, k_, v_, window=window)
             else:
                 output = _sdpa(q_, k_, v_, scale=scale, dropout=dropout, is_causal=True)
@@ -92,16 +94,20 @@ def _cudnn_is_one_of_several() -> bool:
 def _in_chunks(
     attend_chunk: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, *, window: int
 ) -> Tensor:
-    """Computes one sequence in chunks of queries, each against the keys that it can see."""
-    length = q.shape[2]
-    window = window or length
+    """Computes one sequence in chunks of queries, each against the keys that it can see.
+
+    If there are more keys than queries, the first ones are those of a shared prompt.
+    """
+    keys = k.shape[2]
+    window = window or keys
     chunk = chunk_size(window)
     outputs = []
-    for start in range(0, length, chunk):
-        stop, first = min(start + chunk, length), max(start - window + 1, 0)
+    for start in range(keys - q.shape[2], keys, chunk):  # counted from the first key
+        stop, first = min(start + chunk, keys), max(start - window + 1, 0)
         distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, stop, device=q.device)
         visible = (distance >= 0) & (distance < window)  # (queries, keys)
-        outputs.append(attend_chunk(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], visible))
+        queries = slice(start - keys + q.shape[2], stop - keys + q.shape[2])
+        outputs.append(attend_chunk(q[:, :, queries], k[:, :, first:stop], v[:, :, first:stop], visible))
     return torch.cat(outputs, dim=2)
 
 

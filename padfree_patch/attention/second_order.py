@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..batch.sequences import PackedSequences
 from ..errors import PadfreeError
-from .per_sequence import split_by_sequence, working_dtype
+from .per_sequence import working_dtype
+from .prompts import seen_keys, split_with_seen_keys
 
 
 def transformed(*tensors: Tensor) -> bool:
@@ -32,27 +34,30 @@ def transformed(*tensors: Tensor) -> bool:
 
 
 def gradients_with_gradients(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *, scale: float, window: int
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, *, scale: float, window: int
 ) -> tuple[Tensor, ...]:
     """Computes dq (T, H, D), dk and dv (T, K, D) by operations that autograd and `torch.func` follow.
 
     The scores of one sequence are in memory at once, and all of them while the graph lives: as with eager attention.
     """
     with torch.autocast(q.device.type, enabled=False):  # of the caller, whose forward computed in float32 too
-        pieces = split_by_sequence(lengths, dout, q, k, v)
+        pieces = split_with_seen_keys(sequences, (dout, q), (k, v))
         each = (_of_one_sequence(*tensors, scale=scale, window=window) for tensors in pieces)
-        return tuple(torch.cat(parts, dim=2).squeeze(0).transpose(0, 1) for parts in zip(*each))
+        dq, dk, dv = (torch.cat(parts, dim=2).squeeze(0).transpose(0, 1) for parts in zip(*each))
+        keys = seen_keys(sequences)
+        return dq, keys.add_up(dk, sequences.total), keys.add_up(dv, sequences.total)
 
 
 def _of_one_sequence(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes dq, dk and dv of one sequence: dout and q (1, H, L, D), k and v (1, K, L, D)."""
-    (key_heads, length, head_dim), dtype = k.shape[1:], q.dtype
+    """Computes dq, dk and dv of one sequence: dout and q (1, H, L, D), k and v (1, K, S, D), L the last of S tokens."""
+    (key_heads, seen, head_dim), length, dtype = k.shape[1:], q.shape[2], q.dtype
     grouped = (1, key_heads, -1, head_dim)  # (1, K, G * L, D), with G = H / K; a legacy vmap knows no unflatten
     dout, q, k, v = (x.to(working_dtype(dtype)).reshape(grouped) for x in (dout, q, k, v))
-    distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
-    hidden = (distance < 0) | (distance >= (window or length))  # (L, L)
+    position = torch.arange(seen, device=q.device)
+    distance = position[seen - length :, None] - position
+    hidden = (distance < 0) | (distance >= (window or seen))  # (L, S)
     scores = scale * q @ k.transpose(2, 3)
     weights = scores.masked_fill(hidden.repeat(q.shape[2] // length, 1), -torch.inf).softmax(-1)
     dweights = dout @ v.transpose(2, 3)

@@ -26,11 +26,14 @@ class Needs:
     """Scores become softcap * tanh(scores / softcap); 0 for none."""
     dropout: float = 0.0
     """Probability with which an attention weight is dropped."""
+    prompts: bool = False
+    """Whether sequences go on from prompts that they share."""
 
     def __str__(self) -> str:
         asked = [f"dtype={str(self.dtype).removeprefix('torch.')}", f"device={self.device}"]
         asked += [f"head_dim={self.head_dim}"]
-        asked += [f"{name}={getattr(self, name)}" for name in ("window", "softcap", "dropout") if getattr(self, name)]
+        options = ("window", "softcap", "dropout", "prompts")
+        asked += [f"{name}={getattr(self, name)}" for name in options if getattr(self, name)]
         return ", ".join(asked)
 
 
@@ -41,6 +44,8 @@ class Backend(Protocol):
     """What `backend=` takes, and what errors call it."""
     ANY_VALUE_SIZE: bool
     """Whether values may have another head size than queries and keys."""
+    KNOWS_PROMPTS: bool
+    """Whether sequences may go on from prompts that they share (`PackedSequences.prefixes`)."""
 
     def refusal(self, needs: Needs) -> str | None:
         """Says why this backend can't do what a call needs; None if it can."""
@@ -60,15 +65,17 @@ class Backend(Protocol):
     ) -> Tensor:
         """Computes causal attention inside each sequence, never across two.
 
+        A sequence that goes on from a shared prompt sees all of that too, before its own tokens.
+
         T tokens of all sequences end to end, H query heads, K key/value heads, D head size. Whoever calls this has
-        asked `refusal` before.
+        asked `refusal` before, and whether it knows prompts if there are any.
 
         Args:
             q: (T, H, D).
             k, v: (T, K, D), with H a multiple of K.
             sequences: their lengths add up to T; lengths 2, 4, 3 have cu_seqlens [0, 2, 6, 9].
             scale: factor on q @ k.T before the softmax; usually D ** -0.5.
-            window: newest tokens that a query sees, itself included; 0 for all of its sequence.
+            window: newest tokens that a query sees, itself included; 0 for all of its sequence and prompt.
             softcap: scores become softcap * tanh(scores / softcap); 0 for none.
             dropout: probability with which an attention weight is dropped.
 

@@ -17,11 +17,13 @@ from torch import Tensor
 from .. import versions
 from ..batch.sequences import PackedSequences
 from .flash_family import kernels_refuse, left_and_right
+from .prompts import seen_keys
 from .second_order import refuse_second_derivatives
 from .spec import Needs, check_shapes
 
 NAME = "torch_varlen"
 ANY_VALUE_SIZE = False
+KNOWS_PROMPTS = True
 
 
 def refusal(needs: Needs) -> str | None:
@@ -53,16 +55,16 @@ def attend(
     """Computes attention (`Backend.attend`)."""
     check_shapes(q, k, v, sequences)
     assert not softcap and not dropout, "the selector never sends either here"
-    function = _varlen_attn()
+    function, keys = _varlen_attn(), seen_keys(sequences)
     grouped = {"enable_gqa": True} if "enable_gqa" in _arguments(function) else {}
     output = function(
         q,
-        k,
-        v,
+        keys.gather(k),
+        keys.gather(v),
         cu_seq_q=sequences.kernel_cu_seqlens(),
-        cu_seq_k=sequences.kernel_cu_seqlens(),
+        cu_seq_k=keys.cu_seqlens,
         max_q=sequences.max_seqlen,
-        max_k=sequences.max_seqlen,
+        max_k=keys.longest,
         scale=scale,
         window_size=left_and_right(window) if window else (-1, 0),  # (-1, 0): causal over the whole sequence
         **(grouped if q.shape[1] != k.shape[1] else {}),

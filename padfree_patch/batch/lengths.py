@@ -59,7 +59,8 @@ def begins_of(sequences: PackedSequences, shape: tuple[int, int], device: torch.
 def agrees(positions: Tensor, sequences: PackedSequences, mask: Tensor | None = None) -> Tensor:
     """Returns bool (): whether positions go up inside each sequence, by any step, and break where one begins.
 
-    Without a device sync.
+    Where a sequence goes on from a shared prompt, its first position must be the prompt's last plus one. Without a
+    device sync.
 
     Args:
         positions: (B, T), of any dtype.
@@ -70,9 +71,21 @@ def agrees(positions: Tensor, sequences: PackedSequences, mask: Tensor | None = 
     begins = begins_of(sequences, (values.shape[0], values.shape[1]), values.device)
     now, before = values[:, 1:], values[:, :-1]
     good = torch.where(begins[:, 1:], now != before + 1, now > before)
+    if sequences.prefixes is not None:
+        return _agrees_with_prompts(values.reshape(-1), good, sequences)
     if mask is not None:
         good |= (mask[:, 1:] == 0) | (mask[:, :-1] == 0)
     return good.all()
+
+
+def _agrees_with_prompts(positions: Tensor, good: Tensor, sequences: PackedSequences) -> Tensor:
+    """Returns bool (): whether positions (B * T,) are `good`, (B, T - 1), except that branches go on from prompts."""
+    branches, prompts = zip(*((i, prefix) for i, prefix in enumerate(sequences.prefixes or ()) if prefix >= 0))
+    ends = list(itertools.accumulate(sequences.lengths))
+    first, last = ([ends[i] - sequences.lengths[i] for i in branches], [ends[i] - 1 for i in prompts])
+    first_, last_ = (torch.tensor(each, device="cpu").to(positions.device, non_blocking=True) for each in (first, last))
+    flat = torch.nn.functional.pad(good, (1, 0), value=True).reshape(-1).index_fill(0, first_, True)
+    return flat.all() & (positions[first_] == positions[last_] + 1).all()
 
 
 def check_positions(positions: Tensor, sequences: PackedSequences, mask: Tensor | None) -> None:
@@ -83,6 +96,16 @@ def check_positions(positions: Tensor, sequences: PackedSequences, mask: Tensor 
     )
     good = agrees(positions, sequences, mask)
     check_on_device(good, message, lambda: f"({tuple(lengths_of_positions(positions))} against {sequences.lengths})")
+
+
+def check_no_mask_beside_prompts(lengths: Lengths, attention_mask: object) -> None:
+    """Raises PadfreeError for a mask beside lengths with shared prompts, of which no mask could say anything."""
+    given = lengths.get("packed_sequences")
+    if isinstance(given, PackedSequences) and given.prefixes is not None and attention_mask is not None:
+        raise PadfreeError(
+            "an attention_mask came beside packed_sequences whose examples share prompts; leave the mask out, because "
+            "packed_sequences say all"
+        )
 
 
 def _first_form(
@@ -172,7 +195,19 @@ def _check_rows(shape: tuple[int, int], sequences: PackedSequences) -> None:
     rows, tokens = shape
     if rows == 1:
         return
+    _check_prompts_in_row(tokens, sequences)
     ends = set(itertools.accumulate(sequences.lengths))
     for row in range(1, rows):
         if row * tokens not in ends:
             raise PadfreeError(f"a sequence runs from row {row - 1} into row {row} of {rows} rows of {tokens} tokens")
+
+
+def _check_prompts_in_row(tokens: int, sequences: PackedSequences) -> None:
+    """Raises PadfreeError if a sequence goes on from a prompt in another row of so many tokens."""
+    rows = [(end - 1) // tokens for end in itertools.accumulate(sequences.lengths)]
+    for sequence, prefix in enumerate(sequences.prefixes or ()):
+        if prefix >= 0 and rows[prefix] != rows[sequence]:
+            raise PadfreeError(
+                f"sequence {sequence} in row {rows[sequence]} goes on from a prompt in row {rows[prefix]}; a prompt "
+                "must stand in the row of the examples that share it"
+            )

@@ -23,7 +23,7 @@ from ..errors import PadfreeError
 from .boundaries import Jump, Reading, read_beside_lengths, read_tensors
 from .cache import MISSING, LastUsed, own_key
 from .host import host_values, is_whole, values_on_cpu
-from .lengths import Lengths, begins_of, check_positions, sequences_of
+from .lengths import Lengths, begins_of, check_no_mask_beside_prompts, check_positions, sequences_of
 from .sequences import PackedSequences
 from .shapes import check_no_segments, checked_positions, is_unreadable, isolates, mask_of_tokens, mask_refused
 from .square_mask import is_block_causal
@@ -51,31 +51,42 @@ class PackedBatch:
     def boundaries(self) -> Tensor:
         """int32 (sequences + 1,) or one more: cu_seqlens, on the CPU if the lengths are known there: free to read.
 
-        The last value is there twice if there would be as many values as tokens in a row, so that a mask of these
+        Where sequences share prompts, as many negative values follow: -2 - prefix for each (`sequences_at_layer`).
+
+        The first value is there twice if there would be as many values as tokens in a row, so that a mask of these
         values never fits the keys of a row. Loaded as flash_attention_2, decoders before 4.45 test
         `0 in attention_mask`. From 4.35 on they drop a mask without a 0, so the values begin at 0; 4.34 takes a 0 for
         padding, so there they begin at 1.
         """
         with torch.inference_mode(False):  # inference tensors have no version counter
             values = self.sequences.cheapest_cu_seqlens() + int(versions.transformers("<4.35"))
-            return values if len(values) != self.position_ids.shape[1] else torch.cat([values, values[-1:]])
+            if self.sequences.prefixes is not None:
+                prefixes = torch.tensor(self.sequences.prefixes, dtype=torch.int32, device="cpu")
+                values = torch.cat([values, -2 - prefixes])
+            return values if len(values) != self.position_ids.shape[1] else torch.cat([values[:1], values])
 
     @functools.cached_property
     def positions_from_zero(self) -> Tensor:
-        """int64 (B, T): position_ids as if every sequence began at 0. Those of padding may be anything from 0 on."""
+        """int64 (B, T): position_ids as if every example began at 0, one with a shared prompt where the prompt begins.
+
+        Those of padding may be anything from 0 on.
+        """
         flat, begins = self.position_ids.reshape(-1), self.sequences.begins()
+        if (prefixes := self.sequences.prefixes) is not None:
+            roots = torch.tensor([i if prefix < 0 else prefix for i, prefix in enumerate(prefixes)], device="cpu")
+            begins = begins[roots.to(begins.device, non_blocking=True)]
         lengths = self.sequences.kernel_cu_seqlens().diff()
         first = torch.repeat_interleave(flat[begins], lengths, output_size=self.sequences.total)
         return (flat - first).clamp(min=0).view(self.position_ids.shape)
 
     @functools.cached_property
     def last_lengths(self) -> list[int]:
-        """Tokens of the last sequence of each row."""
+        """Tokens of the last sequence of each row, with those of the prompt that it goes on from."""
         tokens, seen, last = self.position_ids.shape[1], 0, []
-        for length in self.sequences.lengths:
+        for length, whole in zip(self.sequences.lengths, self.sequences.whole_lengths):
             seen += length
             if seen % tokens == 0:
-                last.append(length)
+                last.append(whole)
         return last
 
     @functools.cached_property
@@ -109,6 +120,7 @@ def read_batch(
     Raises PadfreeError if what was given contradicts itself or the shape. Reads the device once; not at all with
     lengths from our collator, nor if there is neither a position nor an integer mask.
     """
+    check_no_mask_beside_prompts(lengths, attention_mask)
     if is_unreadable(position_ids) or (isinstance(attention_mask, Tensor) and is_unreadable(attention_mask)):
         return None  # traced on fake tensors: there are no values, and so no examples
     if isolates(attention_mask, shape):
@@ -144,14 +156,22 @@ def batch_at_layer(
     if known is MISSING and position_ids is not None:
         known = known_batches.find(own_key(position_ids))
     if known is MISSING:
-        cu_seqlens = torch.unique_consecutive(boundaries) - boundaries[0]
-        sequences = PackedSequences.from_cu_seqlens(cu_seqlens, total=shape[0] * shape[1], device=device)
+        sequences = sequences_at_layer(boundaries, shape[0] * shape[1], device)
         if position_ids is None or tuple(position_ids.shape) != shape:
             position_ids = sequences.position_ids().view(shape)
         known = PackedBatch(sequences, position_ids)
         for tensor in (boundaries, known.position_ids):
             known_batches.keep(own_key(tensor), known, tensor)
     return known
+
+
+def sequences_at_layer(boundaries: Tensor, total: int, device: torch.device) -> PackedSequences:
+    """Returns the sequences, of so many tokens, whose `PackedBatch.boundaries` reached a layer. Reads them."""
+    values = host_values(boundaries)
+    cumulative, prefixes = np.unique(values[values >= 0]), -2 - values[values < 0]
+    return PackedSequences.from_lengths(
+        np.diff(cumulative).tolist(), total=total, device=device, prefixes=prefixes.tolist() if len(prefixes) else None
+    )
 
 
 def batch_of_copy(batch: PackedBatch, position_ids: Tensor | None) -> PackedBatch | None:

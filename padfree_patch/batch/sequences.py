@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,32 +9,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import has_truth_values
 from ..errors import PadfreeError
 from .boundaries import lengths_of_mask, lengths_of_positions
-from .host import Values, check_on_device, host_values, values_on_cpu
-
-_MOST_TOKENS = 2**31 - 1
-"""What int32 cumulative lengths, which all kernels take, can count."""
+from .cumulative import MOST_TOKENS, as_integers, checked_lengths, cumulated, without_repeats
+from .host import check_on_device, host_values, values_on_cpu
+from .prefixes import Prefixes, checked_prefixes, prefix_lengths
 
 
 class PackedSequences:
     """Where the sequences of a packed batch begin and end, counted over its B * T tokens row after row.
 
-    Checked when it is made; nothing can change it afterwards.
+    Checked when it is made; nothing can change it afterwards. With `prefixes`, some of the sequences are prompts that
+    others go on from (`padfree_patch.batch.prefixes`).
 
     >>> packed = PackedSequences.from_lengths([2, 4, 3])
     >>> packed.cu_seqlens.tolist(), packed.max_seqlen, packed.total
     ([0, 2, 6, 9], 4, 9)
     """
 
-    __slots__ = ("_cu_seqlens", "_derived", "_lengths", "_max_seqlen", "_padding", "_total")
+    __slots__ = ("_cu_seqlens", "_derived", "_lengths", "_max_seqlen", "_padding", "_prefixes", "_total")
 
     _cu_seqlens: Tensor
     _derived: dict[str, Any]
     _lengths: tuple[int, ...] | None
     _max_seqlen: int
     _padding: int
+    _prefixes: Prefixes | None
     _total: int
 
     def __init__(
@@ -45,15 +44,15 @@ class PackedSequences:
         total: int,
         lengths: tuple[int, ...] | None = None,
         padding: int = 0,
+        prefixes: Iterable[int] | None = None,
     ):
-        """Makes them from all that there is to know; `from_lengths` and its neighbours need less.
-
-        Raises PadfreeError if the arguments contradict each other.
-        """
+        """Makes them from all that there is to know. Raises PadfreeError if the arguments contradict each other."""
         made = PackedSequences.from_cu_seqlens(cu_seqlens, max_seqlen=max_seqlen, total=total)
-        if lengths is not None or padding:
-            lengths = made.lengths if lengths is None else lengths
-            given = PackedSequences.from_lengths(lengths, device=made._cu_seqlens.device, total=total, padding=padding)
+        if lengths is not None or padding or prefixes is not None:
+            lengths, device = made.lengths if lengths is None else lengths, made._cu_seqlens.device
+            given = PackedSequences.from_lengths(
+                lengths, device=device, total=total, padding=padding, prefixes=prefixes
+            )
             check_on_device(made.agrees_with(given), f"PackedSequences: cu_seqlens do not hold the lengths {lengths}")
             made = given
         for name in PackedSequences.__slots__:
@@ -61,12 +60,18 @@ class PackedSequences:
 
     @classmethod
     def _checked(
-        cls, cu_seqlens: Tensor, max_seqlen: int, total: int, lengths: tuple[int, ...] | None, padding: int = 0
+        cls,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        total: int,
+        lengths: tuple[int, ...] | None,
+        padding: int = 0,
+        prefixes: Prefixes | None = None,
     ) -> PackedSequences:
         """Makes them from what is known to be right, and a tensor that nobody else holds."""
         self = cls.__new__(cls)
         self._cu_seqlens, self._max_seqlen, self._total, self._lengths = cu_seqlens, max_seqlen, total, lengths
-        self._padding, self._derived = padding, {}
+        self._padding, self._prefixes, self._derived = padding, prefixes, {}
         return self
 
     @property
@@ -93,6 +98,22 @@ class PackedSequences:
         return self._padding
 
     @property
+    def prefixes(self) -> Prefixes | None:
+        """For each sequence the number of the one that it goes on from, -1 for none; None if none goes on."""
+        return self._prefixes
+
+    @property
+    def examples(self) -> tuple[int, ...]:
+        """The numbers of the sequences that are examples: all except the prompts that others go on from."""
+        prompts = frozenset(self._prefixes or ())
+        return tuple(i for i in range(len(self)) if i not in prompts)
+
+    @property
+    def whole_lengths(self) -> tuple[int, ...]:
+        """Tokens per sequence together with those that it goes on from. Costs a device sync where `lengths` does."""
+        return tuple(map(sum, zip(self.lengths, prefix_lengths(self.lengths, self._prefixes))))
+
+    @property
     def derived(self) -> dict[str, Any]:
         """What backends work out from the sequences, by name, so that the next layer need not."""
         return self._derived
@@ -101,7 +122,7 @@ class PackedSequences:
     def lengths(self) -> tuple[int, ...]:
         """Tokens per sequence. Costs one device sync if only device-side cu_seqlens were given, else none."""
         if self._lengths is None:
-            self._lengths = tuple(np.diff(_without_repeats(host_values(self._cu_seqlens))).tolist())
+            self._lengths = tuple(np.diff(without_repeats(host_values(self._cu_seqlens))).tolist())
             self._cu_seqlens = self._cu_seqlens[: len(self._lengths) + 1]
         return self._lengths
 
@@ -110,8 +131,8 @@ class PackedSequences:
         return self._cu_seqlens
 
     def cheapest_cu_seqlens(self) -> Tensor:
-        """Returns `cu_seqlens` on the CPU if the lengths are known there, else where they are. No device sync."""
-        return self.cu_seqlens if self._lengths is None else _cumulated(self._lengths)
+        """Returns a copy of `cu_seqlens` on the CPU if the lengths are known there, else where they are."""
+        return self.cu_seqlens if self._lengths is None else cumulated(self._lengths)
 
     def begins(self) -> Tensor:
         """Returns int64 (sequences,): where each begins. No device sync.
@@ -129,16 +150,22 @@ class PackedSequences:
         return len(self.lengths)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, PackedSequences) and self.lengths == other.lengths
+        if not isinstance(other, PackedSequences):
+            return False
+        return (self.lengths, self.prefixes) == (other.lengths, other.prefixes)
 
     def __hash__(self) -> int:
-        return hash(self.lengths)
+        return hash((self.lengths, self.prefixes))
 
     def __repr__(self) -> str:
-        return f"PackedSequences({len(self)} sequences, {self.total} tokens, longest {self.max_seqlen})"
+        prompts = f", {len(self) - len(self.examples)} of them shared prompts" if self.prefixes else ""
+        return f"PackedSequences({len(self)} sequences{prompts}, {self.total} tokens, longest {self.max_seqlen})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PackedSequences, (self._cu_seqlens, self._max_seqlen, self._total, self._lengths, self._padding)
+        return PackedSequences, (self._cu_seqlens, self._max_seqlen, self._total, *self._on_host())
+
+    def _on_host(self) -> tuple[tuple[int, ...] | None, int, Prefixes | None]:
+        return self._lengths, self._padding, self._prefixes
 
     def agrees_with(self, other: PackedSequences) -> Tensor:
         """Returns bool (): whether both, of as many tokens, hold the same sequences. No device sync."""
@@ -155,12 +182,19 @@ class PackedSequences:
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedSequences:
         """Returns the same sequences with `cu_seqlens` on another device; data loaders call this to move a batch."""
         cu_seqlens = self._cu_seqlens.to(device, non_blocking=non_blocking)
-        return PackedSequences._checked(cu_seqlens, self._max_seqlen, self._total, self._lengths, self._padding)
+        return PackedSequences._checked(cu_seqlens, self._max_seqlen, self._total, *self._on_host())
 
     def position_ids(self) -> Tensor:
-        """Returns int64 (total,): 0, 1, 2, ... restarting at every sequence. No device sync."""
+        """Returns int64 (total,): 0, 1, 2, ... restarting at every sequence; one with a prefix goes on from that.
+
+        No device sync.
+        """
         starts = self._cu_seqlens.long()
-        offsets = torch.repeat_interleave(starts[:-1], starts.diff(), output_size=self._total)
+        begins = starts[:-1]
+        if self._prefixes is not None:
+            before = torch.tensor(prefix_lengths(self.lengths, self._prefixes), device="cpu")
+            begins = begins - before.to(begins.device, non_blocking=True)
+        offsets = torch.repeat_interleave(begins, starts.diff(), output_size=self._total)
         return torch.arange(self._total, device=offsets.device) - offsets
 
     @classmethod
@@ -171,6 +205,7 @@ class PackedSequences:
         device: torch.device | str | None = None,
         total: int | None = None,
         padding: int = 0,
+        prefixes: Iterable[int] | None = None,
     ) -> PackedSequences:
         """Makes them from tokens per sequence.
 
@@ -179,31 +214,20 @@ class PackedSequences:
             device: where `cu_seqlens` goes.
             total: tokens that the lengths must cover, if known.
             padding: tokens of the last sequence if it is padding, else 0.
+            prefixes: for each sequence the number of the earlier one that it goes on from, -1 for none: a prompt that
+                several examples share, without its last token, with which each of them begins. None: none goes on.
 
-        Raises PadfreeError if there is no sequence, one is empty, they do not add up to `total`, or the last one is not
-        of `padding` tokens.
+        Raises PadfreeError if there is no sequence, one is empty, they do not add up to `total`, the last one is not
+        of `padding` tokens, or a prefix is no earlier sequence without a prefix.
+
+        >>> shared = PackedSequences.from_lengths([3, 2, 4], prefixes=[-1, 0, 0])
+        >>> shared.position_ids().tolist(), shared.examples, shared.whole_lengths
+        ([0, 1, 2, 3, 4, 3, 4, 5, 6], (1, 2), (3, 5, 7))
         """
-        try:
-            lengths = tuple(lengths)
-            if has_truth_values(lengths):
-                raise TypeError("truth values count nothing")
-            lengths = tuple(operator.index(length) for length in lengths)
-        except TypeError as error:
-            raise PadfreeError(f"lengths must be positive integers, found {str(lengths)[:80]} ({error})") from error
-        if not lengths:
-            raise PadfreeError("no sequences: the list of lengths is empty")
-        if min(lengths) < 1:
-            where = next(i for i, length in enumerate(lengths) if length < 1)
-            raise PadfreeError(f"sequence {where} has length {lengths[where]}; leave empty sequences out")
-        if padding not in (0, lengths[-1]):
-            raise PadfreeError(f"padding is {padding} tokens, but the last sequence has {lengths[-1]}")
-        covered = sum(lengths)
-        if total is not None and covered != total:
-            raise PadfreeError(f"the lengths cover {covered} tokens, but the batch has {total}")
-        if covered > _MOST_TOKENS:
-            raise PadfreeError(f"the lengths cover {covered} tokens, more than int32 can count ({_MOST_TOKENS})")
-        cu_seqlens = _cumulated(lengths).to(device or "cpu", non_blocking=True)
-        return cls._checked(cu_seqlens, max(lengths), covered, lengths, padding)
+        counted = checked_lengths(lengths, total, padding)
+        known = checked_prefixes(prefixes, len(counted))
+        cu_seqlens = cumulated(counted).to(device or "cpu", non_blocking=True)
+        return cls._checked(cu_seqlens, max(counted), sum(counted), counted, padding, known)
 
     @classmethod
     def from_cu_seqlens(
@@ -228,11 +252,11 @@ class PackedSequences:
 
         Raises PadfreeError unless they start at 0, increase, end at `total`, and none exceeds `max_seqlen`.
         """
-        cu = _as_integers(cu_seqlens)
+        cu = as_integers(cu_seqlens)
         if cu.device.type != "cpu" and max_seqlen is not None and total is not None:
             return cls._from_device(cu.clone(), max_seqlen, total).to(device or cu.device)
         known = values_on_cpu(cu)
-        values = _without_repeats(host_values(cu) if known is None else known)
+        values = without_repeats(host_values(cu) if known is None else known)
         if values[0] != 0:
             raise PadfreeError(f"cu_seqlens start at {values[0]}, not at 0")
         packed = cls.from_lengths(np.diff(values).tolist(), device=device or cu.device, total=total)
@@ -243,7 +267,7 @@ class PackedSequences:
     @classmethod
     def _from_device(cls, cu: Tensor, max_seqlen: int, total: int) -> PackedSequences:
         """Makes them from values that only the device knows, and that the device checks."""
-        if not (0 < total <= _MOST_TOKENS and max_seqlen > 0):
+        if not (0 < total <= MOST_TOKENS and max_seqlen > 0):
             raise PadfreeError(f"cu_seqlens do not fit {total} tokens with max_seqlen {max_seqlen}")
         cu, longest = cu.long(), min(max_seqlen, total)
         lengths = cu.diff()
@@ -273,25 +297,3 @@ class PackedSequences:
         (3, 1, 2)
         """
         return cls.from_lengths(lengths_of_mask(attention_mask), device=attention_mask.device)
-
-
-def _as_integers(cu_seqlens: Tensor | Sequence[int]) -> Tensor:
-    try:
-        with torch.device("cpu"):  # as_tensor would move a tensor to the default device
-            cu = cu_seqlens if isinstance(cu_seqlens, Tensor) else torch.as_tensor(cu_seqlens)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise PadfreeError(f"cu_seqlens must be integers, found {str(cu_seqlens)[:80]} ({error})") from error
-    cu = cu.reshape(-1) if cu.dim() == 2 and cu.shape[0] == 1 else cu
-    if cu.dim() != 1 or cu.numel() < 2 or cu.is_floating_point() or cu.is_complex() or cu.dtype == torch.bool:
-        raise PadfreeError(f"cu_seqlens must be integers (sequences + 1,), found {cu.dtype} {tuple(cu.shape)}")
-    return cu
-
-
-def _cumulated(lengths: tuple[int, ...]) -> Tensor:
-    return torch.from_numpy(np.cumsum((0, *lengths), dtype=np.int32))
-
-
-def _without_repeats(cu_seqlens: Values) -> Values:
-    """Returns cumulative lengths without the repetitions of the last value."""
-    others = np.flatnonzero(cu_seqlens != cu_seqlens[-1])
-    return cu_seqlens[: others[-1] + 2] if len(others) else cu_seqlens[:1]

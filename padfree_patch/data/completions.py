@@ -134,7 +134,7 @@ class DataCollatorForCompletionOnlyLM:
             self._left_out.warn_of(examples, READ)
             return self._pad(labelled, kind)
         batch = self._flatten(labelled, return_tensors=kind)
-        return _in_trls_form(batch, kind) if self._trl_lengths else batch
+        return _in_trls_form(batch, kind) if self._trl_lengths and "cu_seq_lens_q" in batch else batch
 
     def _with_labels(self, feature: Feature, masks: Sequence[str], index: int, count: int) -> dict[str, object]:
         """Returns the example with labels that are `ignore_index` outside completions, in padding and by the masks."""

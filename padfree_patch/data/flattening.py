@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -15,6 +17,7 @@ from ..arguments import Integers, names, number_of_64_bits, whole_number
 from ..batch.labelled_rows import LabelledRows
 from ..batch.labels import IGNORED_LABEL, ignore_first_labels
 from ..batch.sequences import PackedSequences
+from ..batch.shared_row import SharedRow
 from ..errors import PadfreeError
 from .fields import (
     READ,
@@ -32,6 +35,7 @@ from .fields import (
     trained_tokens,
 )
 from .lengths_inside import lengths_inside
+from .sharing import Layout, check_can_share, check_labelled, layout_of
 
 
 class RowOptions(TypedDict, total=False):
@@ -51,6 +55,7 @@ class FlatteningOptions(RowOptions, total=False):
     max_tokens: int | None
     token_fields: Sequence[str]
     example_fields: Sequence[str]
+    share_prefixes: bool
 
 
 class DataCollatorWithFlattening:
@@ -89,6 +94,10 @@ class DataCollatorWithFlattening:
         token_fields: names of more fields with a value per token, which are joined like the tokens (padding: 0; of
             `position_ids` 0, 1, 2, ...).
         example_fields: names of fields with a value per example, which are stacked: (examples, ...).
+        share_prefixes: let examples of a batch that begin with the same tokens share them, if nobody is trained on
+            those (negative labels): several answers to one prompt, as for GRPO, RLOO, best-of-n and rewards. What they
+            share is computed once. The batch holds `packed_sequences`, with `prefixes`, and is for a patched model
+            only: any other fails on its `input_ids`. Lengths in other forms would say something else and are left out.
     """
 
     def __init__(
@@ -105,7 +114,10 @@ class DataCollatorWithFlattening:
         max_tokens: int | None = None,
         token_fields: Sequence[str] = (),
         example_fields: Sequence[str] = (),
+        share_prefixes: bool = False,
     ):
+        if share_prefixes:
+            check_can_share(return_seq_idx=return_seq_idx, token_fields=token_fields)
         if separator_id is None and versions.transformers(">=5.10"):
             warnings.warn(
                 "separator_id=None makes this Trainer count a label for every example of a row but the first, which "
@@ -124,6 +136,7 @@ class DataCollatorWithFlattening:
         self.max_tokens = None if max_tokens is None else whole_number(max_tokens, "max_tokens", 1)
         self.token_fields = names(token_fields, "token_fields")
         self.example_fields = names(example_fields, "example_fields")
+        self.share_prefixes = share_prefixes
         self.dropped_examples = self.dropped_tokens = 0
         self._left_out = LeftOut(
             "name a field with a value per token in token_fields=, one with a value per example in example_fields=, or "
@@ -149,40 +162,80 @@ class DataCollatorWithFlattening:
 
         Raises PadfreeError naming the example if one is empty, padded, or has labels or a mask of another length.
         """
+        kind = return_tensors or self.return_tensors
+        if self.share_prefixes and kind != "pt":
+            raise PadfreeError(f"share_prefixes=True makes tensors for a patched model, not return_tensors={kind!r}")
         features = list_of_examples(features)
         self._left_out.warn_of(features, {*READ, *self.token_fields, *self.example_fields})
         tokens, labels = _tokens_and_labels(features)
-        fitting = self._count_that_fit([len(each) for each in tokens])
-        features, tokens, labels = features[:fitting], tokens[:fitting], labels[:fitting]
-        keeps = "position_ids" in self.token_fields
-        inside = [lengths_inside(each, len(tokens[i]), i, keeps_positions=keeps) for i, each in enumerate(features)]
-        lengths = list(itertools.chain.from_iterable(inside))
-        padding = -sum(lengths) % (self.pad_to_multiple_of or 1)
-        sequences = PackedSequences.from_lengths([*lengths, padding] if padding else lengths, padding=padding)
         separator = self.separator_id if separator_id is None else number_of_64_bits(separator_id, "separator_id")
-        row_labels = _joined_labels(labels, lengths, padding, separator)
-        batch: dict[str, object] = {
-            "input_ids": join_row(tokens, padding, self.pad_token_id),
+        first = functools.partial(self._first_examples, features, tokens, labels, keeps_first=separator is None)
+        fitting = self._count_that_fit([len(each) for each in tokens], first)
+        features, tokens, labels = features[:fitting], tokens[:fitting], labels[:fitting]
+        layout = first(fitting)
+        padding = -sum(layout.lengths) % (self.pad_to_multiple_of or 1)
+        sequences = layout.sequences(padding)
+        row_labels = _joined_labels(layout.take(labels), layout.lengths, padding, separator)
+        fields: dict[str, object] = {
+            "input_ids": join_row([layout.take(tokens)], padding, self.pad_token_id),
             "labels": row_labels,
             **self._boundaries(sequences),
-            **self._more_fields(features, [len(each) for each in tokens], padding),
+            **{name: _joined_field(features, name, tokens, layout, padding) for name in self.token_fields},
+            **{name: stack_field(features, name) for name in self.example_fields},
         }
-        batch = as_tensors(batch, return_tensors or self.return_tensors)
-        if self.return_flash_attn_kwargs or padding:  # of which nothing else tells
+        batch: dict[str, Any] = as_tensors(fields, kind)
+        if self.return_flash_attn_kwargs or self.share_prefixes or padding:  # of which nothing else tells
             batch["packed_sequences"] = sequences
-        if self.return_flash_attn_kwargs:
+        if self.return_flash_attn_kwargs or self.share_prefixes:
             batch["labelled_rows"] = LabelledRows.of(torch.from_numpy(row_labels), sequences)
+        if sequences.prefixes is not None:
+            batch["input_ids"] = batch["input_ids"].as_subclass(SharedRow)
         return batch
 
-    def _count_that_fit(self, lengths: list[int]) -> int:
-        """Returns how many of the examples `max_tokens` has room for; counts the others as dropped, with a warning."""
+    def _first_examples(
+        self,
+        features: Sequence[Feature],
+        tokens: Sequence[Integers],
+        labels: Sequence[Integers],
+        count: int,
+        *,
+        keeps_first: bool,
+    ) -> Layout:
+        """Returns how the first examples of a batch stand in a row; one may itself be a packed row of several."""
+        keeps = "position_ids" in self.token_fields
+        counts = [len(each) for each in tokens[:count]]
+        inside = [
+            lengths_inside(feature, tokens, i, keeps_positions=keeps)
+            for i, (feature, tokens) in enumerate(zip(features, counts))
+        ]
+        lengths = list(itertools.chain.from_iterable(inside))
+        if not self.share_prefixes:
+            return Layout(lengths)
+        check_labelled(features)
+        unlabelled = np.concatenate(labels[:count]) < 0
+        if not keeps_first:  # nothing predicts the first label of an example
+            unlabelled[np.cumsum([0, *lengths[:-1]])] = True
+        fields = [np.concatenate(token_field(features[:count], name, counts)) for name in self.token_fields]
+        return layout_of(lengths, unlabelled, [np.concatenate(tokens[:count]), *fields])
+
+    def _count_that_fit(self, lengths: list[int], first: Callable[[int], Layout]) -> int:
+        """Returns how many of the examples `max_tokens` has room for; counts the others as dropped, with a warning.
+
+        `first` gives the layout of so many of them.
+        """
         if self.max_tokens is None:
             return len(lengths)
         multiple = self.pad_to_multiple_of or 1
         most = self.max_tokens // multiple * multiple  # what is added to reach a multiple counts
         if sum(lengths) <= most:
             return len(lengths)
-        fitting = int(np.searchsorted(np.cumsum(lengths), most, side="right"))
+        if self.share_prefixes:
+            counts = range(1, len(lengths) + 1)
+            fitting = bisect.bisect_right(counts, most, key=lambda count: sum(first(count).lengths))
+        else:
+            fitting = int(np.searchsorted(np.cumsum(lengths), most, side="right"))
+        if fitting == len(lengths):
+            return fitting
         if not fitting:
             raise PadfreeError(
                 f"the first example has {lengths[0]} tokens, more than max_tokens={self.max_tokens}"
@@ -202,19 +255,14 @@ class DataCollatorWithFlattening:
         forms: dict[str, object] = {}
         if self.return_position_ids:
             forms["position_ids"] = (sequences.position_ids().numpy() + self.position_ids_start)[None]
+        if sequences.prefixes is not None:
+            return forms
         if self.return_seq_idx:
             forms["seq_idx"] = np.repeat(np.arange(len(sequences), dtype=np.int32), sequences.lengths)[None]
         if self.return_flash_attn_kwargs:
             forms["cu_seq_lens_q"] = forms["cu_seq_lens_k"] = sequences.cu_seqlens.numpy()
             forms["max_length_q"] = forms["max_length_k"] = sequences.max_seqlen
         return forms
-
-    def _more_fields(self, features: Sequence[Feature], lengths: list[int], padding: int) -> dict[str, Numbers]:
-        """Returns the `token_fields`, joined, and the `example_fields`, stacked."""
-        return {
-            **{name: _joined_field(features, name, lengths, padding) for name in self.token_fields},
-            **{name: stack_field(features, name) for name in self.example_fields},
-        }
 
 
 def _tokens_and_labels(features: Sequence[Feature]) -> tuple[list[Integers], list[Integers]]:
@@ -235,15 +283,17 @@ def _tokens_and_labels(features: Sequence[Feature]) -> tuple[list[Integers], lis
     return tokens, labels
 
 
-def _joined_field(features: Sequence[Feature], name: str, lengths: list[int], padding: int) -> Numbers:
+def _joined_field(
+    features: Sequence[Feature], name: str, tokens: Sequence[Integers], layout: Layout, padding: int
+) -> Numbers:
     """Joins a field with a value per token into a row (1, T). Padding has zeros; as positions 0, 1, 2, ..."""
-    values = token_field(features, name, lengths)
-    return join_row([*values, np.arange(padding)], 0, 0) if name == "position_ids" else join_row(values, padding, 0)
+    values = layout.take(token_field(features, name, [len(each) for each in tokens]))
+    return join_row([values, np.arange(padding)], 0, 0) if name == "position_ids" else join_row([values], padding, 0)
 
 
-def _joined_labels(labels: list[Integers], lengths: list[int], padding: int, separator: int | None) -> Numbers:
-    """Joins labels into a row (1, T), each sequence's first one replaced by the separator if there is one."""
-    joined = torch.from_numpy(np.concatenate(labels))
+def _joined_labels(labels: Numbers, lengths: list[int], padding: int, separator: int | None) -> Numbers:
+    """Makes a row (1, T) of labels, each sequence's first one replaced by the separator if there is one."""
+    joined = torch.from_numpy(labels)
     if separator is not None:
         joined = ignore_first_labels(joined, PackedSequences.from_lengths(lengths), label=separator)
     return join_row([joined.numpy()], padding, IGNORED_LABEL)

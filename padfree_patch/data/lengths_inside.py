@@ -62,6 +62,11 @@ def _lengths_by_field(feature: Feature, tokens: int, index: int) -> dict[str, li
             raise PadfreeError(
                 f"example {index}: packed_sequences must be PackedSequences, found {type(packed).__name__}"
             )
+        if packed.prefixes is not None:
+            raise PadfreeError(
+                f"example {index} is a row whose examples share prompts, which can't be part of another row; collate "
+                "the examples themselves"
+            )
         lengths["packed_sequences"] = list(packed.lengths)
     return lengths
 

@@ -68,6 +68,9 @@ class DataCollatorForPreference:
 
     Args:
         ignore_index: label of prompts.
+        share_prompts: compute each prompt once for both of its answers, and for all pairs of the batch that have it:
+            the row is for a patched model only (`DataCollatorWithFlattening(share_prefixes=True)`). `unpack`,
+            `sequence_log_probs` and `last_tokens` give an item for each answer, in the same order.
         pair_fields: names of more fields with a value per pair, such as a reference model's log-probabilities
             (`ref_chosen_logps`), which are stacked: (pairs, ...).
         flattening: arguments of `DataCollatorWithFlattening`, except those that leave examples out or add a sequence.
@@ -78,6 +81,7 @@ class DataCollatorForPreference:
         self,
         *,
         ignore_index: int = IGNORED_LABEL,
+        share_prompts: bool = False,
         pair_fields: Sequence[str] = (),
         **flattening: Unpack[RowOptions],
     ):
@@ -88,12 +92,18 @@ class DataCollatorForPreference:
                 "ignore_index"
             )
         self.ignore_index = number_of_64_bits(ignore_index, "ignore_index")
+        if share_prompts and self.ignore_index >= 0:
+            raise PadfreeError(
+                f"share_prompts=True can't tell prompts by ignore_index={self.ignore_index}, which could be a token; "
+                "choose a negative one"
+            )
+        self.share_prompts = share_prompts
         self.pair_fields = names(pair_fields, "pair_fields")
         self._left_out = LeftOut(
             "name fields with a value per pair in pair_fields=, or remove the column from the data set"
         )
         options: RowOptions = {"return_flash_attn_kwargs": True, **flattening}
-        self._flatten = DataCollatorWithFlattening(separator_id=ignore_index, **options)
+        self._flatten = DataCollatorWithFlattening(separator_id=ignore_index, share_prefixes=share_prompts, **options)
 
     def __call__(self, features: Iterable[Feature]) -> dict[str, Any]:
         """Collates pairs.
@@ -134,6 +144,11 @@ class DataCollatorForPreference:
         with_labels = [name for name in _ANSWERS if feature.get(f"{name}_labels") is not None]
         if len(with_labels) == 1:
             raise PadfreeError(f"{place} has {with_labels[0]}_labels only; give those of both answers, or of neither")
+        if self.share_prompts and not (has_prompt or with_labels):
+            raise PadfreeError(
+                f"{place} has no prompt_ids, and no labels that say where its answers begin, so there is no prompt to "
+                "share; give prompt_ids, or collate without share_prompts"
+            )
         if with_labels:  # whole texts, as TRL before 0.12 makes them
             return {"input_ids": tokens, "labels": token_values(feature, f"{answer}_labels", index)}
         prompt = _pair_tokens(feature, "prompt", index) if has_prompt else np.zeros(0, dtype=np.int64)

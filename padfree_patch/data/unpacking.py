@@ -11,26 +11,37 @@ from ..batch.sequences import PackedSequences
 from ..errors import PadfreeError
 
 
-def unpack(packed: Tensor, sequences: PackedSequences) -> list[Tensor]:
+def unpack(packed: Tensor, sequences: PackedSequences, *, with_prompts: bool = False) -> list[Tensor]:
     """Splits something that has a value per token of a packed batch into views, one per example.
+
+    Of examples that share a prompt, a view has the prompt's last token and what follows it.
 
     Args:
         packed: (B, T, ...) such as logits, or (B * T, ...).
         sequences: those of the batch: its `packed_sequences`, or
-            `PackedSequences.from_position_ids(batch["position_ids"])`.
+            `PackedSequences.from_position_ids(batch["position_ids"])` if its examples share no prompts.
+        with_prompts: give whole examples: copies that begin with the shared prompt, where there is one.
 
-    Returns (length, ...) per sequence; with `pad_to_multiple_of` the last one is the padding.
+    Returns (length, ...) per example; with `pad_to_multiple_of` the last one is the padding.
 
     Raises PadfreeError if `packed` has another number of tokens.
 
     >>> unpack(torch.tensor([[7, 8, 9]]), PackedSequences.from_lengths([1, 2]))
     [tensor([7]), tensor([8, 9])]
+    >>> unpack(torch.tensor([[5, 6, 7, 6, 8, 9]]), PackedSequences.from_lengths([1, 2, 3], prefixes=[-1, 0, 0]))
+    [tensor([6, 7]), tensor([6, 8, 9])]
     """
-    return list(_tokens_first(packed, sequences).split(list(sequences.lengths)))
+    pieces = _tokens_first(packed, sequences).split(list(sequences.lengths))
+    prefixes = sequences.prefixes
+    if prefixes is None:
+        return list(pieces)
+    if not with_prompts:
+        return [pieces[i] for i in sequences.examples]
+    return [pieces[i] if prefixes[i] < 0 else torch.cat([pieces[prefixes[i]], pieces[i]]) for i in sequences.examples]
 
 
 def last_tokens(packed: Tensor, sequences: PackedSequences) -> Tensor:
-    """Returns the values at each sequence's last token, (sequences, ...): the pooling of classifiers and reward models.
+    """Returns the values at each example's last token, (examples, ...): the pooling of classifiers and reward models.
 
     Arguments and errors are those of `unpack`. Differentiable, and without a device sync if `lengths` has none.
 
@@ -38,11 +49,14 @@ def last_tokens(packed: Tensor, sequences: PackedSequences) -> Tensor:
     tensor([7, 9])
     """
     tokens = _tokens_first(packed, sequences)
-    return tokens.index_select(0, sequences.ends()[: len(sequences)].to(tokens.device))
+    ends = sequences.ends()[: len(sequences)]
+    if sequences.prefixes is not None:
+        ends = ends.index_select(0, _numbers(sequences.examples, ends.device))
+    return tokens.index_select(0, ends.to(tokens.device))
 
 
 def sequence_log_probs(logits: Tensor, labels: Tensor, sequences: PackedSequences) -> Tensor:
-    """Sums the log-probabilities of each sequence's labels, float32 (sequences,), for preference losses such as DPO's.
+    """Sums the log-probabilities of each example's labels, float32 (examples,), for preference losses such as DPO's.
 
     Args:
         logits: (B, T, vocabulary).
@@ -69,7 +83,12 @@ def sequence_log_probs(logits: Tensor, labels: Tensor, sequences: PackedSequence
         sequences.cu_seqlens.diff().long().to(losses.device),
         output_size=sequences.total,
     )
-    return -losses.new_zeros(len(sequences)).index_add(0, owner, losses)
+    sums = -losses.new_zeros(len(sequences)).index_add(0, owner, losses)
+    return sums if sequences.prefixes is None else sums.index_select(0, _numbers(sequences.examples, sums.device))
+
+
+def _numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device="cpu").to(device, non_blocking=True)
 
 
 def _tokens_first(packed: Tensor, sequences: PackedSequences) -> Tensor:

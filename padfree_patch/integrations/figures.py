@@ -61,7 +61,8 @@ class Counts:
 
     def add_packed(self, batch: PackedBatch, padding: int | Tensor) -> None:
         """Counts a packed batch, without its last sequence if `padding` is 1."""
-        lengths = batch.sequences.lengths
+        whole = batch.sequences.whole_lengths
+        lengths = [whole[i] for i in batch.sequences.examples]
         sequences = len(lengths) - padding
         self.tokens += batch.sequences.total - padding * lengths[-1]
         self.sequences += sequences

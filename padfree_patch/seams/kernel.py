@@ -78,6 +78,12 @@ class PackedKernel:
         if (windows := _recorded.get()) is not None:
             windows.append(window)
         self._check_tokens(q, k)
+        prompts = self._sequences.prefixes is not None
+        if dropout and prompts:
+            raise PadfreeError(
+                f"{self.owner}: attention dropout {dropout} of examples that share a prompt would be drawn once for "
+                "the prompt, not once for each; set it to 0, or collate without share_prompts and share_prefixes"
+            )
         self.answered = True
         note_answer(self._module)
         rows, head_dim, of_values, result_dtype = q.shape[0], q.shape[3], v.shape[3], v.dtype
@@ -86,7 +92,7 @@ class PackedKernel:
             q, k, v = (x.to(autocast) for x in (q, k, v))
             result_dtype = autocast
         wide = max(head_dim, of_values) + (BIAS_CHANNELS if self.key_bias is not None else 0)
-        needs = attention.Needs(q.device.type, result_dtype, wide, window=window, softcap=softcap, dropout=dropout)
+        needs = attention.Needs(q.device.type, result_dtype, wide, window, softcap, dropout, prompts)
         backend = attention.select(needs, self._backend)
         if (backends := _backends.get()) is not None:
             backends.add(backend.NAME)

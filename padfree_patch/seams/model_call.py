@@ -21,6 +21,7 @@ from .full_rows import look_at_bare_call, settle
 from .hand_over import is_awaited
 from .jump import say_jump
 from .pooled import pools
+from .shared_prompts import check_can_share, take_tokens
 from .stand_in import is_stand_in
 from .tracing import check_not_traced, is_exporting, is_jit_tracing, readable, reading
 from .under_way import under_way
@@ -114,6 +115,7 @@ def take_batch(call: Call) -> PackedBatch | None:
             settle(call.module)
         return None
     _check_result(call)
+    check_can_share(call, batch)
     check_what_is_new(call.module)
     say_jump(call.module, batch)
     call.arguments["position_ids"] = batch.position_ids
@@ -186,6 +188,7 @@ def has_something_new(module: nn.Module) -> bool:
 
 
 def _take_lengths(arguments: dict[str, Any]) -> dict[str, Any]:
+    take_tokens(arguments)
     # From 4.54 on, generate passes flash-attn lengths that are about cache and padding: those stay, in a loop like it.
     generating = _cached_tokens(_cache_of(arguments)) > 0 and arguments.get("attention_mask") is not None
     ours = [name for name in LENGTH_ARGUMENTS if name in arguments and (name == "packed_sequences" or not generating)]

@@ -24,6 +24,12 @@ def embed_each_alone(decoder: Any, arguments: dict[str, Any], batch: PackedBatch
     embeddings = _embeddings_of(decoder)
     if embeddings is None or not _adds_noise(embeddings):
         return
+    if batch.sequences.prefixes is not None:
+        raise PadfreeError(
+            f"{type(decoder).__name__}: NEFTune's noise is scaled by the length of each example, so that the examples "
+            "of a row can't share the embeddings of a prompt; switch neftune_noise_alpha off, or collate without "
+            "share_prompts and share_prefixes"
+        )
     ids = arguments.pop("input_ids", None)
     if ids is None:
         raise PadfreeError(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch.packed_batch import PackedBatch
+from ..data.unpacking import unpack
 from ..errors import PadfreeError
 from ..wrapping.call import Call, takes_keyword
 
@@ -51,15 +52,11 @@ def pool(call: Call, batch: PackedBatch) -> Any:
 @torch.compiler.disable
 def _logits_of_each(call: Call, batch: PackedBatch, decoder: nn.Module, outputs: Any) -> list[Tensor]:
     """Runs upstream's head on each sequence; returns logits (1, labels) each."""
-    hidden = outputs[0].flatten(0, 1)
     name = "input_ids" if call.arguments.get("input_ids") is not None else "inputs_embeds"
-    tokens = call.arguments[name].flatten(0, 1)
-    lengths = list(batch.sequences.lengths)
-    if batch.sequences.padding:
-        hidden, tokens = (each[: -lengths[-1]] for each in (hidden, tokens))
-        lengths = lengths[:-1]
+    both = (each.flatten(0, 1) for each in (outputs[0], call.arguments[name]))
+    examples = list(zip(*(unpack(each, batch.sequences, with_prompts=True) for each in both)))
     found = []
-    for some_hidden, some_tokens in zip(hidden.split(lengths), tokens.split(lengths)):
+    for some_hidden, some_tokens in examples[:-1] if batch.sequences.padding else examples:
         alone = call.changed()
         alone.arguments = {call.names[0]: call.module, name: some_tokens[None]}
         with _handed_over(call.module, decoder, _like(outputs, some_hidden[None])):

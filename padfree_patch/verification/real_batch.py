@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..batch.lengths import LENGTH_ARGUMENTS
 from ..batch.packed_batch import read_batch
 from ..batch.sequences import PackedSequences
+from ..batch.shared_row import SharedRow
+from ..data.unpacking import unpack
 from ..errors import PadfreeError
 from ..wrapping.opt_in import OptIn
 from .dtypes import Dtypes
@@ -33,14 +35,16 @@ def error_on_batch(model: nn.Module, batch: Mapping[str, object], probe: Probe) 
         packed = probe.logits(tokens, **given).detach().flatten(0, 1)
     error = size = 0.0
     computed = Dtypes()
-    for ids, found in zip(tokens.flatten().split(list(sequences.lengths)), packed.split(list(sequences.lengths))):
-        shortest = len(ids) == min(sequences.lengths)
+    plain = tokens.plain() if isinstance(tokens, SharedRow) else tokens
+    examples, results = (unpack(each, sequences, with_prompts=True) for each in (plain.flatten(), packed))
+    for ids, found in zip(examples, results):
+        shortest = len(ids) == min(map(len, examples))
         with computed, nullcontext() if shortest else probe.without_gradients():  # dtypes show by gradients
             alone = probe.alone(ids[None])[0].detach()
         finest = torch.promote_types(alone.dtype, torch.float32)
         error = max(error, largest(found.to(finest) - alone.to(finest)))
         size = max(size, largest(alone))
-    return error / max(size, torch.finfo(torch.float32).tiny), probe.tolerance(computed, packed), len(sequences)
+    return error / max(size, torch.finfo(torch.float32).tiny), probe.tolerance(computed, packed), len(examples)
 
 
 def _sequences_of(tokens: Tensor, batch: Mapping[str, object]) -> PackedSequences:

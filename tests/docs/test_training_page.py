@@ -30,7 +30,7 @@ def test_every_block_of_the_page_runs_and_does_what_the_text_says(llama, tmp_pat
     llama.resize_token_embeddings(len(tokenizer))
     names = {"model": llama, "tokenizer": tokenizer, "texts": datasets.Dataset.from_list(rows)}
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 12
+    assert len(blocks) == 16
     logs = []
     for block in blocks:
         block = block.replace("2048", "64")
@@ -48,3 +48,17 @@ def test_every_block_of_the_page_runs_and_does_what_the_text_says(llama, tmp_pat
     assert names["log_probs"].shape == (2,)
     assert 0 <= names["metrics"]["eval_accuracy"] <= 1
     assert names["counted"]["eval_examples"] == len(names["texts"])
+    _check_group_loss(names, next(block for block in blocks if "GROUP, SHARE" in block))
+
+
+def _check_group_loss(names, block):
+    """Checks that the page's loss of groups, and its gradients, are those of whole answers, from a shorter row."""
+    found = []
+    for share in ("True", "False"):
+        names["model"].zero_grad(set_to_none=True)
+        exec(block.replace("GROUP, SHARE = 4, True", f"GROUP, SHARE = 4, {share}"), names)
+        gradients = [each.grad for each in names["model"].parameters()]
+        found.append((names["row"]["input_ids"].numel(), names["group_loss"].detach(), gradients))
+    (tokens, loss, gradients), (more, expected, wanted) = found
+    assert tokens < more
+    torch.testing.assert_close((loss, gradients), (expected, wanted), rtol=1e-3, atol=1e-6)  # of float32, other sums

@@ -10,17 +10,26 @@ LENGTHS = (5, 1, 17, 130, 3)
 LONG = (1, 64, 129, 192, 193, 300, 2, 2049)
 """Both sides of every length at which the CPU's own way changes."""
 
+SHARED = {"lengths": (7, 3, 5, 1, 200, 2, 150, 64), "prefixes": (-1, 0, 0, -1, -1, 4, 4, 0)}
+"""Sequences that go on from two prompts, on both sides of the lengths at which chunks change, and one that does not."""
+
 
 def reference(q, k, v, sequences, *, scale, window=0, softcap=0.0):
-    """Computes masked softmax attention, sequence by sequence, in float64: q (T, H, D), k and v (T, K, D)."""
+    """Computes masked softmax attention, sequence by sequence, in float64: q (T, H, D), k and v (T, K, D).
+
+    A sequence that goes on from a shared prompt has the prompt's keys and values before its own.
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     outputs = []
-    for q_, k_, v_ in zip(*(x.double().split(list(sequences.lengths)) for x in (q, k, v))):
+    queries, keys, values = (x.double().split(list(sequences.lengths)) for x in (q, k, v))
+    for i, q_ in enumerate(queries):
+        seen = [i] if sequences.prefixes is None or sequences.prefixes[i] < 0 else [sequences.prefixes[i], i]
+        k_, v_ = (torch.cat([each[one] for one in seen]) for each in (keys, values))
         scores = torch.einsum("qhd,khd->hqk", q_, k_) * scale
         scores = softcap * (scores / softcap).tanh() if softcap else scores
-        distance = torch.arange(len(q_))[:, None] - torch.arange(len(q_))
-        hidden = (distance < 0) | (distance >= (window or len(q_)))
+        distance = torch.arange(len(k_))[len(k_) - len(q_) :, None] - torch.arange(len(k_))
+        hidden = (distance < 0) | (distance >= (window or len(k_)))
         outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v_))
     return torch.cat(outputs)
 

@@ -19,6 +19,7 @@ from helpers.models import seen_by_the_last_token
 from padfree_patch import applied, apply, explain, versions
 from padfree_patch.registry import registry
 from padfree_patch.testing import CHECKS, SyncCounter, Unavailable, conformance, examples, pack, tiny_model
+from padfree_patch.testing.shared_prompts import check_shared_prompts
 
 RUNNING = versions.transformers_version()
 
@@ -149,3 +150,8 @@ def test_alibi_that_upstream_refuses_is_exact():
     with torch.no_grad():
         found = model(**pack(sequences)).logits
     assert conformance.largest(found - expected) < conformance.LOGIT_TOLERANCE * conformance.largest(expected)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "falcon"])
+def test_examples_that_share_prompts_get_what_they_get_alone(model_type):
+    check_shared_prompts(make_of(model_type))
