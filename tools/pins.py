@@ -45,3 +45,15 @@ DOCS = {
 def pins(transformers: str) -> list[str]:
     """Returns what to install for one transformers version: torch, itself, and what is beside it."""
     return [TORCH, f"transformers=={transformers}", *BESIDE[transformers]]
+
+
+DOOR = {
+    "trl": [*pins("5.24.0"), TRL["5.24.0"]],
+    "llamafactory": [TORCH, "llamafactory==0.9.5"],
+    "swift": [TORCH, "ms-swift==4.6.0"],
+    "old": pins("4.41.2"),
+}
+"""What the runs of tools/door.py are made with; the second and third bring the transformers that they ask for."""
+
+NOT_BESIDE_THIS_TORCH = ("torchvision", "torchaudio")
+"""What they bring too, in builds for another torch: transformers imports the first if it is there, and fails."""

@@ -1,0 +1,83 @@
+"""What tools/door.py runs: each tool on its own command line, as people call it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One way to call a tool. FOLDER in its words becomes the folder of the model and the texts, OUT that of results."""
+
+    tool: str
+    environment: str
+    """Of `tools/pins.py`."""
+    how: str
+    """What is switched on, in the tool's words."""
+    command: tuple[str, ...]
+    processes: int = 1
+    flash_attention: bool = False
+    """Whether the tool takes nothing but flash-attn, in whose place tests/helpers/stand_ins stands."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.tool}: {self.how}"
+
+
+def trl(how: str, *options: str) -> Run:
+    """A run of TRL's own command line; it starts a child through accelerate."""
+    common = (
+        *("--model_name_or_path", "FOLDER/model", "--dataset_name", "FOLDER/trl", "--output_dir", "OUT"),
+        *("--max_length", "64", "--max_steps", "3", "--logging_steps", "1", "--learning_rate", "1e-3"),
+        *("--dtype", "float32", "--bf16", "false", "--use_cpu", "--report_to", "none", "--save_strategy", "no"),
+    )
+    batch = ("--per_device_train_batch_size", "2" if "--packing" in options else "3")
+    return Run("TRL", "trl", how, ("trl", "sft", *common, *batch, *options))
+
+
+def llamafactory(how: str, *options: str) -> Run:
+    common = (
+        *("stage=sft", "do_train=true", "finetuning_type=full", "model_name_or_path=FOLDER/model", "template=default"),
+        *("dataset_dir=FOLDER/llamafactory", "dataset=texts", "cutoff_len=64", "output_dir=OUT", "max_steps=3"),
+        *("per_device_train_batch_size=1", "logging_steps=1", "save_strategy=no", "learning_rate=1.0e-3"),
+        *("report_to=none", "flash_attn=sdpa", "use_cpu=true"),
+    )
+    return Run("LLaMA-Factory", "llamafactory", how, ("llamafactory-cli", "train", "FOLDER/run.yaml", *common, *options))
+
+
+def swift(how: str, *options: str, implementation: str = "sdpa") -> Run:
+    common = (
+        *("--model", "FOLDER/model", "--model_type", "llama", "--template", "dummy", "--dataset", "FOLDER/chats.jsonl"),
+        *("--tuner_type", "full", "--max_steps", "3", "--per_device_train_batch_size", "3", "--logging_steps", "1"),
+        *("--output_dir", "OUT", "--torch_dtype", "float32", "--use_hf", "true", "--report_to", "none"),
+        *("--save_strategy", "no", "--attn_impl", implementation, "--max_length", "64", "--split_dataset_ratio", "0"),
+    )
+    flash_attention = implementation != "sdpa"
+    return Run("ms-swift", "swift", how, ("swift", "sft", *common, *options), flash_attention=flash_attention)
+
+
+SCRIPT = (str(HERE / "door_train.py"), "FOLDER", "OUT")
+
+RUNS = (
+    trl("--packing", "--packing", "--attn_implementation", "sdpa"),
+    trl("--packing, eager", "--packing", "--attn_implementation", "eager"),
+    trl("--padding_free", "--padding_free", "--attn_implementation", "sdpa"),
+    trl(
+        "--packing, LoRA, gradient checkpointing",
+        *("--packing", "--attn_implementation", "sdpa", "--use_peft", "--lora_dropout", "0"),
+        *("--lora_target_modules", "q_proj", "v_proj", "--gradient_checkpointing"),
+    ),
+    trl("--packing_strategy wrapped", "--packing", "--packing_strategy", "wrapped", "--attn_implementation", "sdpa"),
+    llamafactory("packing: true", "packing=true"),
+    llamafactory("neat_packing: true", "neat_packing=true"),
+    swift("padded"),
+    swift("--padding_free true", "--padding_free", "true", implementation="flash_attention_2"),
+    swift("--packing true", "--packing", "true", implementation="flash_attention_2"),
+    Run("a Trainer script", "trl", "transformers' DataCollatorWithFlattening", ("python", *SCRIPT)),
+    Run("accelerate launch", "trl", "the same script", ("accelerate", "launch", "--cpu", "--num_processes", "1", *SCRIPT)),
+    Run("torchrun", "trl", "the same script, two ranks", ("torchrun", "--nproc_per_node", "2", *SCRIPT), processes=2),
+    Run("a Trainer script", "old", "our DataCollatorWithFlattening", ("python", *SCRIPT)),
+)
