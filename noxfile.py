@@ -227,6 +227,12 @@ def ways(session: nox.Session) -> None:
     session.run(*ON_VERSIONS, "--ways", *session.posargs, external=True)
 
 
+@nox.session(venv_backend="none")
+def door(session: nox.Session) -> None:
+    """TRL, LLaMA-Factory, ms-swift and scripts, without and with `padfree-patch run`; writes docs/tools.md's table."""
+    session.run(sys.executable, "tools/door.py", *session.posargs, external=True)
+
+
 @nox.session
 def upstream(session: nox.Session) -> None:
     """transformers' own model tests, with and without apply: `-- CHECKOUT [--page] [files and options of pytest]`."""

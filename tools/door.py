@@ -105,10 +105,11 @@ def printed(text: str) -> Finding:
 
 
 def versions_of(environment: str) -> dict[str, str]:
-    code = (
-        "import json, importlib.metadata as m; names = {d.metadata['Name'].lower(): d.version for d in m.distributions()};"
-        f"print(json.dumps({{name: names[name] for name in {TOOLS!r} if name in names}}))"
-    )
+    code = f"""
+import importlib.metadata, json
+names = {{each.metadata["Name"].lower(): each.version for each in importlib.metadata.distributions()}}
+print(json.dumps({{name: names[name] for name in {TOOLS!r} if name in names}}))
+"""
     python = str(FOLDER / environment / "bin" / "python")
     return json.loads(subprocess.run([python, "-c", code], check=True, text=True, stdout=subprocess.PIPE).stdout)
 

@@ -1,6 +1,6 @@
 """Writes what the runs of tools/door.py train: a tiny model, its tokenizer, and texts in each tool's form.
 
-python tools/door_assets.py FOLDER [ARCHITECTURE], in the environment of the tool, so that its transformers can load them.
+python tools/door_assets.py FOLDER [ARCHITECTURE], in the environment of the tool, which then can load them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 import tokenizers
 import transformers
 
-WORDS = "one two three four five six seven eight nine ten red green blue small large fast slow up down left right".split()
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+WORDS = [*NUMBERS, "red", "green", "blue", "small", "large", "fast", "slow", "up", "down", "left", "right"]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<end>{% endif %}{% endfor %}"
 
 

@@ -6,11 +6,12 @@ import dataclasses
 from pathlib import Path
 
 HERE = Path(__file__).parent
+SHORT, LONG = "3", "12"  # steps; ten without a second example are needed before the door says what to switch on
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One way to call a tool. FOLDER in its words becomes the folder of the model and the texts, OUT that of results."""
+    """One way to call a tool. FOLDER in its words becomes the folder of model and texts, OUT that of results."""
 
     tool: str
     environment: str
@@ -29,9 +30,10 @@ class Run:
 
 def trl(how: str, *options: str) -> Run:
     """A run of TRL's own command line; it starts a child through accelerate."""
+    steps = LONG if "wrapped" in options else SHORT
     common = (
         *("--model_name_or_path", "FOLDER/model", "--dataset_name", "FOLDER/trl", "--output_dir", "OUT"),
-        *("--max_length", "64", "--max_steps", "3", "--logging_steps", "1", "--learning_rate", "1e-3"),
+        *("--max_length", "96", "--max_steps", steps, "--logging_steps", "1", "--learning_rate", "1e-3"),
         *("--dtype", "float32", "--bf16", "false", "--use_cpu", "--report_to", "none", "--save_strategy", "no"),
     )
     batch = ("--per_device_train_batch_size", "2" if "--packing" in options else "3")
@@ -40,20 +42,23 @@ def trl(how: str, *options: str) -> Run:
 
 def llamafactory(how: str, *options: str) -> Run:
     common = (
-        *("stage=sft", "do_train=true", "finetuning_type=full", "model_name_or_path=FOLDER/model", "template=default"),
-        *("dataset_dir=FOLDER/llamafactory", "dataset=texts", "cutoff_len=64", "output_dir=OUT", "max_steps=3"),
-        *("per_device_train_batch_size=1", "logging_steps=1", "save_strategy=no", "learning_rate=1.0e-3"),
+        *("stage=sft", "do_train=true", "finetuning_type=full", "model_name_or_path=FOLDER/model", "template=mistral"),
+        *("dataset_dir=FOLDER/llamafactory", "dataset=texts", "cutoff_len=128", "output_dir=OUT", "max_steps=3"),
+        *("per_device_train_batch_size=1", "logging_steps=1", "save_strategy='no'", "learning_rate=1.0e-3"),
         *("report_to=none", "flash_attn=sdpa", "use_cpu=true"),
     )
-    return Run("LLaMA-Factory", "llamafactory", how, ("llamafactory-cli", "train", "FOLDER/run.yaml", *common, *options))
+    return Run(
+        "LLaMA-Factory", "llamafactory", how, ("llamafactory-cli", "train", "FOLDER/run.yaml", *common, *options)
+    )
 
 
 def swift(how: str, *options: str, implementation: str = "sdpa") -> Run:
+    steps = SHORT if options else LONG
     common = (
         *("--model", "FOLDER/model", "--model_type", "llama", "--template", "dummy", "--dataset", "FOLDER/chats.jsonl"),
-        *("--tuner_type", "full", "--max_steps", "3", "--per_device_train_batch_size", "3", "--logging_steps", "1"),
+        *("--tuner_type", "full", "--max_steps", steps, "--per_device_train_batch_size", "3", "--logging_steps", "1"),
         *("--output_dir", "OUT", "--torch_dtype", "float32", "--use_hf", "true", "--report_to", "none"),
-        *("--save_strategy", "no", "--attn_impl", implementation, "--max_length", "64", "--split_dataset_ratio", "0"),
+        *("--save_strategy", "no", "--attn_impl", implementation, "--max_length", "96", "--split_dataset_ratio", "0"),
     )
     flash_attention = implementation != "sdpa"
     return Run("ms-swift", "swift", how, ("swift", "sft", *common, *options), flash_attention=flash_attention)
@@ -77,7 +82,12 @@ RUNS = (
     swift("--padding_free true", "--padding_free", "true", implementation="flash_attention_2"),
     swift("--packing true", "--packing", "true", implementation="flash_attention_2"),
     Run("a Trainer script", "trl", "transformers' DataCollatorWithFlattening", ("python", *SCRIPT)),
-    Run("accelerate launch", "trl", "the same script", ("accelerate", "launch", "--cpu", "--num_processes", "1", *SCRIPT)),
+    Run(
+        "accelerate launch",
+        "trl",
+        "the same script",
+        ("accelerate", "launch", "--cpu", "--num_processes", "1", *SCRIPT),
+    ),
     Run("torchrun", "trl", "the same script, two ranks", ("torchrun", "--nproc_per_node", "2", *SCRIPT), processes=2),
     Run("a Trainer script", "old", "our DataCollatorWithFlattening", ("python", *SCRIPT)),
 )

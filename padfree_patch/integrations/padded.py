@@ -61,7 +61,7 @@ def pack_padded(model: nn.Module) -> PackedInside:
     decoder = _decoder_of(model)
     if _pad in decoder._forward_hooks.values():
         return PackedInside()
-    before = decoder.register_forward_pre_hook(_pack, with_kwargs=True)
+    before = decoder.register_forward_pre_hook(_pack, prepend=True, with_kwargs=True)  # who watches sees the row
     return PackedInside(before, decoder.register_forward_hook(_pad, with_kwargs=True))
 
 

@@ -138,6 +138,15 @@ def test_gradient_checkpointing_and_positions_of_the_caller(model, reentrant):
     assert gradients_apart(gradients(model), gradients(alone)) < 2e-4
 
 
+def test_who_watches_the_decoder_sees_the_row(model):
+    """As the door does, which says of padded runs what to switch on."""
+    seen = []
+    apply(model).model.register_forward_pre_hook(lambda _, args, given: seen.append(given), with_kwargs=True)
+    pack_padded(model)
+    padded_call(model, RIGHT)
+    assert seen[0]["input_ids"].shape == (1, 19) and seen[0]["packed_sequences"].lengths == (9, 4, 6)
+
+
 def test_errors(model):
     with pytest.raises(
         PadfreeError, match=r"LlamaForCausalLM is not patched; call padfree_patch.apply\(model\) before"

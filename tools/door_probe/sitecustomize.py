@@ -11,7 +11,7 @@ import json
 import os
 
 CALLS = 3
-NOT_OF_LOGITS = ("labels", "shift_labels", "num_items_in_batch", "fused_lm_head")
+NOT_OF_LOGITS = ("labels", "shift_labels", "num_items_in_batch", "fused_lm_head", "logits_to_keep")
 """Arguments with which a model computes something beside its logits, or in their place."""
 
 
@@ -20,38 +20,45 @@ class Probe:
 
     def __init__(self, end, padding):
         self.end, self.padding = end, padding
-        self.found, self.busy = [], False
+        self.found, self.steps = [], False
+        """`steps`: whether a training step has begun, and its first call is still to come."""
 
     def __call__(self, model, args, kwargs):
         import torch
 
-        if self.busy or len(self.found) == CALLS or not torch.is_grad_enabled():
+        if not self.steps or len(self.found) == CALLS:
             return
-        self.busy = True
-        try:
-            with torch.no_grad():
-                self.found.append(self.measured(model, {**kwargs, "input_ids": args[0]} if args else dict(kwargs)))
-        finally:
-            self.busy = False
+        self.steps = False
+        with torch.no_grad():
+            self.found.append(self.measured(model, {**kwargs, "input_ids": args[0]} if args else dict(kwargs)))
 
     def measured(self, model, arguments):
         arguments = {name: value for name, value in arguments.items() if name not in NOT_OF_LOGITS}
         arguments["use_cache"] = False
         tokens = arguments["input_ids"]
         examples = [(row, span) for row in range(len(tokens)) for span in self.spans(tokens[row].tolist())]
-        together = model(**arguments).logits.float()
-        alone = max(
-            (model(input_ids=tokens[row : row + 1, span], use_cache=False).logits[0] - together[row, span]).abs().max().item()
-            for row, span in examples
-        )
+        together = self.logits(model, arguments)
+        apart = []
+        for row, span in examples:
+            alone = self.logits(model, {"input_ids": tokens[row : row + 1, span], "use_cache": False})
+            apart.append((alone[0] - together[row, span]).abs().max().item())
         changed = tokens.clone()
         row, span = examples[0]
         changed[row, span] = (changed[row, span] + 7) % self.end  # the end token is the last of the vocabulary
-        moved = (model(**{**arguments, "input_ids": changed}).logits.float() - together).abs()
+        moved = (self.logits(model, {**arguments, "input_ids": changed}) - together).abs()
         others = [moved[other, where].max().item() for other, where in examples[1:]]
         rows = len({row for row, _ in examples})
         given = sorted(name for name, value in arguments.items() if value is not None)
-        return {"examples": len(examples), "rows": rows, "alone": alone, "change": max(others, default=0.0), "given": given}
+        return {
+            "examples": len(examples),
+            "rows": rows,
+            "alone": max(apart),
+            "change": max(others, default=0.0),
+            "given": given,
+        }
+
+    def logits(self, model, arguments):
+        return model.forward(**arguments).logits.float()  # past hooks, which have seen these arguments already
 
     def spans(self, row):
         """Returns where each example of a row stands, without padding; the last may have lost its end token."""
@@ -73,10 +80,14 @@ def begin_of(row, span, padding):
 
 
 def probe_trainings(module):
-    original = module.Trainer.train
+    original, step = module.Trainer.train, module.Trainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        self.door_probe.steps = True  # from here on it is no check of the door
+        return step(self, *args, **kwargs)
 
     def train(self, *args, **kwargs):
-        probe = Probe(int(os.environ["DOOR_END"]), int(os.environ["DOOR_PADDING"]))
+        probe = self.door_probe = Probe(int(os.environ["DOOR_END"]), int(os.environ["DOOR_PADDING"]))
         hook = self.model.register_forward_pre_hook(probe, with_kwargs=True)
         try:
             return original(self, *args, **kwargs)
@@ -87,7 +98,7 @@ def probe_trainings(module):
             with open(os.environ["DOOR_PROBE"], "a") as file:
                 file.write(json.dumps({**found, "model": type(self.model).__name__}) + "\n")
 
-    module.Trainer.train = train
+    module.Trainer.train, module.Trainer.training_step = train, training_step
 
 
 def find_flash_attention(module):

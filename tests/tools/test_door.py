@@ -1,0 +1,78 @@
+"""What tools/door.py measures the door with, and what docs/tools.md says of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import padfree_patch
+from door_page import BEGIN, END, HEAD, row_of
+from door_probe.sitecustomize import Probe
+
+DOCS = Path(__file__).parents[2] / "docs"
+END_TOKEN, PADDING = 90, 89  # of the tiny model's vocabulary of 96
+FOUND = json.loads((DOCS / "tools.json").read_text())
+
+
+def row(*lengths, tail=0):
+    """One row of examples, each with an end token, and padding behind them."""
+    generator = torch.Generator().manual_seed(0)
+    ids, positions = [], []
+    for length in lengths:
+        ids += [*torch.randint(3, 80, (length - 1,), generator=generator).tolist(), END_TOKEN]
+        positions += range(length)
+    return {
+        "input_ids": torch.tensor([[*ids, *[PADDING] * tail]]),
+        "position_ids": torch.tensor([[*positions, *[0] * tail]]),
+        "attention_mask": torch.ones(1, sum(lengths) + tail, dtype=torch.int64),  # LLaMA-Factory's
+        "labels": torch.zeros(1, sum(lengths) + tail, dtype=torch.int64),
+    }
+
+
+def probed(model, batch):
+    probe = Probe(END_TOKEN, PADDING)
+    probe(model, (), batch)
+    (found,) = probe.found
+    return found
+
+
+def test_probe_measures_what_mixes_and_what_does_not(llama):
+    """The control is the same row without the patch."""
+    mixed = probed(llama, row(5, 4, 6, tail=3))
+    assert (mixed["examples"], mixed["rows"]) == (3, 1) and min(mixed["change"], mixed["alone"]) > 1e-3
+    padfree_patch.apply(llama)
+    exact = probed(llama, row(5, 4, 6, tail=3))
+    assert exact["change"] == 0 and exact["alone"] <= 2e-5
+    assert exact["given"] == ["attention_mask", "input_ids", "position_ids", "use_cache"]
+
+
+def test_probe_tells_padded_rows_from_packed_ones(llama):
+    right, left = [5, 6, END_TOKEN, PADDING, PADDING], [PADDING, PADDING, 7, 8, END_TOKEN]
+    tokens = torch.tensor([right, left])
+    found = probed(llama, {"input_ids": tokens, "attention_mask": (tokens != PADDING).long()})
+    assert (found["examples"], found["rows"]) == (2, 2) and found["change"] == 0
+    probe = Probe(END_TOKEN, PADDING)
+    assert probe.spans([5, END_TOKEN, 6, 7]) == [slice(0, 2), slice(2, 4)]  # cut off
+    with torch.no_grad():
+        probe(llama, (), row(5, 4))
+    assert not probe.found  # of no training
+
+
+def test_page_is_made_of_what_was_measured():
+    table = (DOCS / "tools.md").read_text().partition(BEGIN)[2].partition(END)[0].strip().splitlines()
+    assert table == [*HEAD, *(row_of(name, finding) for name, finding in FOUND.items())]
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_door_isolates_wherever_a_batch_says_where_examples_end(name):
+    before, after = FOUND[name]["without"], FOUND[name]["with"]
+    if "wrapped" in name or "padded (" in name:
+        assert any("switch on" in line for line in after["said"])
+        return
+    assert after["status"] == 0 and after["packed"] and after["change"] == 0 and after["alone"] <= 2e-5
+    assert after["verified"] == 1 and after["processes"] == before["processes"]
+    if before["change"] == 0:  # upstream was right
+        assert max(abs(a - b) for a, b in zip(before["losses"], after["losses"], strict=True)) <= 2e-4
