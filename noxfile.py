@@ -187,13 +187,8 @@ def deepspeed(session: nox.Session) -> None:
 def _checks(session: nox.Session, *files: str) -> None:
     """Tests of a library that the ordinary tests do without, its warnings being its own."""
     report = Path(session.virtualenv.location) / "junit.xml"
-    arguments = [
-        f"--junitxml={report}",
-        *(str(OWN_PROCESS / file) for file in files),
-        "-W",
-        "default",
-        *session.posargs,
-    ]
+    paths = [str(OWN_PROCESS / file) for file in files]
+    arguments = [f"--junitxml={report}", *paths, "-W", "default", *session.posargs]
     none_chosen = [5] if session.posargs else []  # by the -k of `make test`, say
     session.run("pytest", *arguments, env={**ALONE, "DS_ACCELERATOR": "cpu"}, success_codes=[0, *none_chosen])
 

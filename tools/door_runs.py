@@ -33,10 +33,12 @@ def trl(how: str, *options: str) -> Run:
     steps = LONG if "wrapped" in options else SHORT
     common = (
         *("--model_name_or_path", "FOLDER/model", "--dataset_name", "FOLDER/trl", "--output_dir", "OUT"),
-        *("--max_length", "96", "--max_steps", steps, "--logging_steps", "1", "--learning_rate", "1e-3"),
+        *("--max_steps", steps, "--logging_steps", "1", "--learning_rate", "1e-3"),
         *("--dtype", "float32", "--bf16", "false", "--use_cpu", "--report_to", "none", "--save_strategy", "no"),
     )
-    batch = ("--per_device_train_batch_size", "2" if "--packing" in options else "3")
+    packing = ("--max_length", "96", "--per_device_train_batch_size", "2")
+    unpacked = ("--config", "FOLDER/run.yaml", "--per_device_train_batch_size", "3")
+    batch = packing if "--packing" in options else unpacked
     return Run("TRL", "trl", how, ("trl", "sft", *common, *batch, *options))
 
 
@@ -81,13 +83,12 @@ RUNS = (
     swift("padded"),
     swift("--padding_free true", "--padding_free", "true", implementation="flash_attention_2"),
     swift("--packing true", "--packing", "true", implementation="flash_attention_2"),
-    Run("a Trainer script", "trl", "transformers' DataCollatorWithFlattening", ("python", *SCRIPT)),
     Run(
         "accelerate launch",
         "trl",
         "the same script",
         ("accelerate", "launch", "--cpu", "--num_processes", "1", *SCRIPT),
     ),
-    Run("torchrun", "trl", "the same script, two ranks", ("torchrun", "--nproc_per_node", "2", *SCRIPT), processes=2),
-    Run("a Trainer script", "old", "our DataCollatorWithFlattening", ("python", *SCRIPT)),
+    Run("torchrun", "trl", "a Trainer script, two ranks", ("torchrun", "--nproc_per_node", "2", *SCRIPT), processes=2),
+    Run("python", "old", "a Trainer script with our DataCollatorWithFlattening", ("python", *SCRIPT)),
 )
