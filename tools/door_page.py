@@ -46,7 +46,7 @@ def added(finding: Finding) -> str:
     before, after = finding["without"], finding["with"]
     advice = [line for line in after["said"] if "switch on" in line]
     if advice:
-        return "says: " + advice[0].rpartition(", and ")[2] if ", and " in advice[0] else advice[0]
+        return "says: in " + advice[0].rpartition(". In ")[2]
     if after["status"] or "change" not in after:
         return "nothing: the tool's own check comes first"
     if before.get("change", 0) > MIXES >= after["change"]:

@@ -86,7 +86,7 @@ RUNS = (
     Run(
         "accelerate launch",
         "trl",
-        "the same script",
+        "a Trainer script",
         ("accelerate", "launch", "--cpu", "--num_processes", "1", *SCRIPT),
     ),
     Run("torchrun", "trl", "a Trainer script, two ranks", ("torchrun", "--nproc_per_node", "2", *SCRIPT), processes=2),
