@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import BertConfig, BertForMaskedLM
 
 from helpers.door import lines
@@ -66,7 +67,15 @@ def test_what_apply_refuses_is_an_error(tmp_path):
         trainer.train()
 
 
-def test_mixed_precision_is_that_of_the_check(llama, tmp_path, capfd):
+@pytest.fixture
+def precision_put_back(monkeypatch):
+    """Takes back what training arguments with bf16 leave for every later training of the process."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_mixed_precision_is_that_of_the_check(llama, tmp_path, capfd, precision_put_back):
     dtypes = []
     llama.lm_head.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
     trainer = trainer_of(
