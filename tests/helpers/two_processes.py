@@ -139,9 +139,10 @@ def classified(rank=None):
 
 def recipe(folder):
     """The weights that examples/token_budget.py ends with, and the losses that it logs."""
-    save_tiny_model(folder / "model")
+    save_tiny_model(folder / "model")  # of which transformers writes rank 0's only
+    dist.barrier()
     rows = [{"text": sentence(i, 3 + 5 * (i % 4))} for i in range(24)]
-    trainer = run("token_budget.py", folder / "model", rows, folder)["trainer"]
+    trainer = run("token_budget.py", folder / "model", rows, folder / str(dist.get_rank()))["trainer"]
     losses = [each["loss"] for each in trainer.state.log_history if "loss" in each]
     return [each.detach() for each in trainer.model.parameters()], losses
 
@@ -190,7 +191,7 @@ def main(folder: Path) -> None:
     )
     found["budget"], found["budget's steps"] = trained_by_tokens(folder / "budget")
     found["classifier"] = classified(rank)
-    found["recipe"] = recipe(folder / f"recipe-{rank}")
+    found["recipe"] = recipe(folder / "recipe")
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     together = {**few, **dispatching(True), "dataset": Stream()}  # an error, which ends both processes
