@@ -68,6 +68,7 @@ def page() -> str:
         verify=f"{1e3 * overhead['verify_4_layers_seconds']:.0f}",
         per_sequence=per_sequence_table(per_sequence["models"]),
         **gpu_values(gpu),
+        **shared_values(json.loads((RESULTS / "shared_prompts.json").read_text())),
         syncs=", ".join(f"{count} {name}" for name, count in overhead["syncs_per_step"].items()),
     )
 
@@ -204,6 +205,26 @@ def per_sequence_table(models: list[dict[str, Any]]) -> str:
     kinds = ("padded", "one by one", "row")
     rows = ((each["model_type"], each["way"], *(spread(each["ratios"][kind]) for kind in kinds)) for each in models)
     return table(("model type", "way", "over padded", "over one by one", "over the row that mixes"), rows)
+
+
+def shared_values(found: dict[str, Any]) -> dict[str, Any]:
+    rows = (
+        (
+            each["group"],
+            f"{each['prompt'] // found['completion']}:1",
+            " to ".join(f"{tokens:,}" for tokens in each["tokens"].values()),
+            f"{each['ratio_of_tokens']:.2f}",
+            f"**{each['speedup']['median']:.2f} x** ({each['speedup']['min']:.2f}-{each['speedup']['max']:.2f})",
+        )
+        for each in found["shapes"]
+    )
+    return {
+        "shared_prompts": table(
+            ("examples on each prompt", "prompt : completion", "tokens of a row", "ratio of tokens", "speed-up"), rows
+        ),
+        "shared_apart": f"{max(each['largest_difference_of_loss'] for each in found['shapes']):.0e}",
+        **{f"shared_{name}": found[name] for name in ("completion", "examples", "layers")},
+    }
 
 
 def gpu_values(found: dict[str, Any]) -> dict[str, Any]:
