@@ -42,11 +42,14 @@ def shared():
 def test_examples_get_what_they_get_alone(patch):
     """Loaded as eager too where upstream has no sdpa; the others in the slice below, and in own_process."""
 
+    # With small weights, gradients of its recurrence are 1e-7 of the others': nothing but rounding.
+    larger = {"initializer_range": 0.2} if patch.model_type == "qwen3_next" else {}
+
     def make():
         try:
-            return tiny_model(patch, "sdpa")
+            return tiny_model(patch, "sdpa", **larger)
         except Unavailable:
-            return tiny_model(patch, "eager")
+            return tiny_model(patch, "eager", **larger)
 
     skip_if_unavailable(make)
     check_shared_prompts(make)
