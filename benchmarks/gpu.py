@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import json
 import statistics
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,15 +21,16 @@ import click
 import torch
 import transformers
 from common import RESULTS, environment
+from gpu_counts import counts_of
 from gpu_exactness import attention_errors, model_errors
-from torch.autograd import DeviceType
+from gpu_found import found_models
 
 from padfree_patch import applied, attention
 from padfree_patch.measure.step import flan_like_lengths, step_batches, timed_step
 
 Step = Callable[[dict[str, Any]], float]
 """Takes the batches of one round in every form, and returns seconds."""
-SECTIONS = ("exactness", "steps", "compiled")
+SECTIONS = ("exactness", "found", "steps", "compiled")
 WIDTHS = {
     "8B-like": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
     "1.7B-like": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 32},
@@ -63,6 +63,8 @@ def main(
     for section in sections:
         if section == "exactness":
             found[section] = {"models": model_errors(names, device, models), "attention": attention_errors(device)}
+        elif section == "found":
+            found[section] = found_models(rounds, device)
         elif section == "steps":
             found[section] = [
                 steps(width, layers, size, rounds, names, device) for width in WIDTHS for size in batch_sizes
@@ -171,19 +173,6 @@ def measured(step: Step, batches: dict[str, Any], device: str) -> dict[str, floa
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     return {"seconds": step(batches), "peak_bytes": torch.cuda.max_memory_allocated() - before}
-
-
-def counts_of(run: Callable[[], object]) -> dict[str, int]:
-    """Returns the kernels that a step launches, and how often it waits for the device."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        run()
-        torch.cuda.set_sync_debug_mode("default")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        run()
-    kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
-    return {"kernels": len(kernels), "syncs": sum("called a synchronizing" in str(each.message) for each in caught)}
 
 
 def compiled(name: str, layers: int, device: str) -> dict[str, Any]:

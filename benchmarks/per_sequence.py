@@ -109,12 +109,12 @@ def measured(model_type: str, batch_size: int, rounds: int) -> dict[str, Any]:
     return {"model_type": model_type, "way": way, "seconds": seconds, "ratios": ratios}
 
 
-def seconds_of(model: Any, examples: list[torch.Tensor], kind: str) -> float:
+def seconds_of(model: Any, examples: list[torch.Tensor], kind: str, device: str = "cpu") -> float:
     """Returns the seconds of a step on some examples."""
     if kind == "one by one":
-        rows = [{"input_ids": each[None], "labels": each[None]} for each in examples]
+        rows = [dict.fromkeys(("input_ids", "labels"), each[None].to(device)) for each in examples]
         return sum(timed_step(model, row, patched=False) for row in rows)
-    batches = step_batches(examples)
+    batches = step_batches(examples, device)
     batch = {name: batches["native"][name] for name in ("input_ids", "labels")} if kind == "row" else batches[kind]
     return timed_step(model, batch, patched=kind == "packed")
 

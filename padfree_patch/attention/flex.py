@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import versions
@@ -35,6 +36,8 @@ KNOWS_PROMPTS = True
 
 BLOCK = 128
 """Queries and keys per block: what the kernel is tuned for."""
+SMALLEST_HEAD = 16
+"""Of queries and keys, and of values too."""
 
 
 COMPILATION = {"cache_size_limit": 128, "specialize_float": True}
@@ -60,8 +63,8 @@ def refusal(needs: Needs) -> str | None:
         return "needs Triton, which FlexAttention compiles its kernel with (pip install triton)"
     if needs.dropout:
         return "FlexAttention has no dropout"
-    if needs.head_dim < 16:
-        return f"needs a head size of at least 16, found {needs.head_dim}"
+    if needs.head_dim < SMALLEST_HEAD:
+        return f"needs a head size of at least {SMALLEST_HEAD}, found {needs.head_dim}"
     return None
 
 
@@ -79,6 +82,8 @@ def attend(
     """Computes attention (`Backend.attend`)."""
     check_shapes(q, k, v, sequences)
     assert not dropout, "the selector never sends dropout here"
+    of_values = v.shape[2]
+    v = F.pad(v, (0, max(0, SMALLEST_HEAD - of_values)))
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, heads, T, D)
     with torch._dynamo.config.patch(COMPILATION):
         output = compiled_flex_attention()(
@@ -90,7 +95,7 @@ def attend(
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-    return refuse_second_derivatives(output.squeeze(0).transpose(0, 1), NAME)
+    return refuse_second_derivatives(output.squeeze(0).transpose(0, 1)[..., :of_values], NAME)
 
 
 def block_mask(sequences: PackedSequences, window: int = 0) -> BlockMask:

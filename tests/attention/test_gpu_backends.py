@@ -186,6 +186,22 @@ def test_flex_equals_float64(uncompiled, options, key_heads):
     assert max(errors(qkv, PackedSequences.from_lengths(lengths), attend=flex.attend, scale=0.3, **options)) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_flex_gives_its_kernel_values_of_at_least_16_channels(uncompiled, monkeypatch):
+    sizes = []
+
+    def kernel(q, k, v, **options):
+        sizes.append(v.shape[-1])
+        return torch_flex.flex_attention(q, k, v, **options)
+
+    sequences = PackedSequences.from_lengths((5, 1))
+    q, k, v = torch.randn(3, 6, 2, 24, dtype=torch.float64)
+    expected = flex.attend(q, k, v, sequences, scale=0.3)[..., :12]
+    monkeypatch.setattr(flex, "compiled_flex_attention", lambda: kernel)
+    torch.testing.assert_close(flex.attend(q, k, v[..., :12], sequences, scale=0.3), expected)
+    assert sizes == [16]
+
+
 @pytest.mark.parametrize("window", [0, 1, 100, 128, 129, 500])
 @pytest.mark.parametrize("lengths", [LENGTHS, LONG, (128, 256), (1,)], ids=len)
 def test_flex_visits_only_the_blocks_in_which_something_is_seen(window, lengths):
