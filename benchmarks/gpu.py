@@ -21,16 +21,17 @@ import click
 import torch
 import transformers
 from common import RESULTS, environment
-from gpu_counts import counts_of
+from gpu_counts import counts_of, peak_of
 from gpu_exactness import attention_errors, model_errors
 from gpu_found import found_models
+from gpu_past import labelled_steps, shared_steps
 
 from padfree_patch import applied, attention
 from padfree_patch.measure.step import flan_like_lengths, step_batches, timed_step
 
 Step = Callable[[dict[str, Any]], float]
 """Takes the batches of one round in every form, and returns seconds."""
-SECTIONS = ("exactness", "found", "steps", "compiled")
+SECTIONS = ("exactness", "found", "steps", "compiled", "labelled", "shared")
 WIDTHS = {
     "8B-like": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
     "1.7B-like": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 32},
@@ -69,6 +70,10 @@ def main(
             found[section] = [
                 steps(width, layers, size, rounds, names, device) for width in WIDTHS for size in batch_sizes
             ]
+        elif section == "labelled":
+            found[section] = labelled_steps(model_of("8B-like", layers, device, vocabulary=128256), rounds, device)
+        elif section == "shared":
+            found[section] = shared_steps(model_of("8B-like", layers, device), rounds, device)
         else:
             found[section] = [compiled(name, layers, device) for name in names]
         RESULTS.mkdir(parents=True, exist_ok=True)
@@ -90,10 +95,10 @@ def needs(device: str) -> attention.Needs:
     return attention.Needs(device, torch.bfloat16, 128)
 
 
-def model_of(width: str, layers: int, device: str, implementation: str = "sdpa") -> Any:
+def model_of(width: str, layers: int, device: str, implementation: str = "sdpa", vocabulary: int = 32000) -> Any:
     """Makes a Llama with random weights in bfloat16, on the device."""
     config = transformers.LlamaConfig(
-        **WIDTHS[width], num_hidden_layers=layers, vocab_size=32000, max_position_embeddings=65536
+        **WIDTHS[width], num_hidden_layers=layers, vocab_size=vocabulary, max_position_embeddings=65536
     )
     with torch.device(device):
         return transformers.AutoModelForCausalLM.from_config(
@@ -113,7 +118,7 @@ def steps(width: str, layers: int, batch_size: int, rounds: int, names: list[str
             {
                 "tokens": batches["packed"]["input_ids"].numel(),
                 "padded_tokens": batches["padded"]["input_ids"].numel(),
-                "found": {kind: measured(kinds[kind], batches, device) for kind in order},
+                "found": {kind: peak_of(functools.partial(kinds[kind], batches), device) for kind in order},
             }
         )
     runs = runs[2:]  # the first two warm up: flex compiles, the allocator grows
@@ -164,15 +169,6 @@ def drawn(batch_size: int, seed: int, device: str) -> dict[str, dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
     lengths = flan_like_lengths(batch_size, generator)
     return step_batches([torch.randint(32000, (n,), generator=generator) for n in lengths], device)
-
-
-def measured(step: Step, batches: dict[str, Any], device: str) -> dict[str, float]:
-    """Returns the seconds of a step, and the bytes that it adds, at its peak, to what is allocated before."""
-    if device != "cuda":
-        return {"seconds": step(batches)}
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    return {"seconds": step(batches), "peak_bytes": torch.cuda.max_memory_allocated() - before}
 
 
 def compiled(name: str, layers: int, device: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a CUDA device does during a step: kernels, and how often Python waits for it."""
+"""What a CUDA device does during a step: kernels, memory, and how often Python waits for it."""
 
 from __future__ import annotations
 
@@ -20,3 +20,12 @@ def counts_of(run: Callable[[], object]) -> dict[str, int]:
         run()
     kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
     return {"kernels": len(kernels), "syncs": sum("called a synchronizing" in str(each.message) for each in caught)}
+
+
+def peak_of(step: Callable[[], float], device: str) -> dict[str, float]:
+    """Returns the seconds of a step, and the bytes that it adds, at its peak, to what is allocated before."""
+    if device != "cuda":
+        return {"seconds": step()}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    return {"seconds": step(), "peak_bytes": torch.cuda.max_memory_allocated() - before}
