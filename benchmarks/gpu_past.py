@@ -53,7 +53,7 @@ def shared_steps(model: Any, rounds: int, device: str) -> list[dict[str, Any]]:
             runs.append({kind: peak_of(functools.partial(step, model, batches[kind]), device) for kind in kinds})
         with applied(model, verify=False):
             losses = [model(**batches[kind], use_cache=False).loss.item() for kind in kinds]
-        counts = counted(lambda kind: step(model, batches[kind]), tuple(kinds), device)
+        counts = counted(lambda kind, batches=batches: step(model, batches[kind]), tuple(kinds), device)
         tokens = {kind: batch["input_ids"].numel() for kind, batch in batches.items()}
         apart = abs(losses[0] - losses[1]) / losses[0]
         found.append(
