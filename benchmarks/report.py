@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from gpu_tables import gpu_values
+from tables import spread, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "benchmarks"
@@ -207,6 +209,7 @@ def per_sequence_table(models: list[dict[str, Any]]) -> str:
     return table(("model type", "way", "over padded", "over one by one", "over the row that mixes"), rows)
 
 
+<<<<<<< HEAD
 def shared_values(found: dict[str, Any]) -> dict[str, Any]:
     rows = (
         (
@@ -289,5 +292,7 @@ def spread(each: dict[str, float] | None) -> str:
     return f"{each['median']:.2f} ({each['min']:.2f}-{each['max']:.2f})" if each else "-"
 
 
+=======
+>>>>>>> 7845e00 (The page has a place for what a GPU measures of found models, labelled logits and shared prompts)
 if __name__ == "__main__":
     main()

@@ -52,6 +52,7 @@ def test_packed_row_is_no_worse_than_upstream_alone(patch, loaded_as):
         return tiny_model(patch, implementation)
 
     skip_if_unavailable(lambda: make("eager"))
+    skip_if_unavailable(make)  # Gemma 2 and GPT-OSS have no sdpa from 5.24 on
     sequences = examples((5, 9, 1, 12))
     exact = conformance.logits_alone(lambda: make("eager"), sequences)
     on_gpu = [each.cuda() for each in sequences]
