@@ -209,7 +209,6 @@ def per_sequence_table(models: list[dict[str, Any]]) -> str:
     return table(("model type", "way", "over padded", "over one by one", "over the row that mixes"), rows)
 
 
-<<<<<<< HEAD
 def shared_values(found: dict[str, Any]) -> dict[str, Any]:
     rows = (
         (
@@ -230,69 +229,5 @@ def shared_values(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def gpu_values(found: dict[str, Any]) -> dict[str, Any]:
-    kinds = sorted(found["steps"][0]["rounds"][0]["found"], key=lambda kind: kind.split(", ")[::-1])
-    sizes = [f"{run['width']}, batch {run['batch_size']}" for run in found["steps"]]
-    largest = max(found["steps"], key=lambda run: (run["width"], run["batch_size"]))
-    rows = [
-        (
-            kind.replace("packed", "**padding-free**"),
-            *(spread_of([1e3 * each["found"][kind]["seconds"] for each in run["rounds"]]) for run in found["steps"]),
-            f"{median(each['found'][kind]['peak_bytes'] for each in largest['rounds']) / 2**30:.1f}",
-            *largest["counts"][kind].values(),
-        )
-        for kind in kinds
-    ]
-    ratios = [each for each in found["exactness"]["models"] if "logits" in each]
-    return {
-        **{f"gpu_{name}": found["environment"][name] for name in ("card", "torch", "transformers", "cuda")},
-        "gpu_layers": largest["layers"],
-        "gpu_steps": table(("step, milliseconds", *sizes, "peak GiB", "kernels", "syncs"), rows),
-        "gpu_counted": f"{largest['width']}, batch {largest['batch_size']}",
-        "gpu_models": ", ".join(dict.fromkeys(each["model"] for each in ratios)),
-        "gpu_smallest": f"{min(min(each['logits'], each['gradients']) for each in ratios):.2f}",
-        "gpu_largest": f"{max(max(each['logits'], each['gradients']) for each in ratios):.2f}",
-        "gpu_attention": gpu_attention_table(found["exactness"]["attention"]),
-        "gpu_compiled": table(
-            ("backend", "as it is, ms", "compiled, ms", "largest difference of the loss"),
-            (
-                (
-                    each["backend"],
-                    *(f"{1e3 * each[name]:.1f}" for name in ("seconds", "compiled_seconds")),
-                    f"{each['largest_difference_of_loss']:.1e}",
-                )
-                for each in found["compiled"]
-            ),
-        ),
-    }
-
-
-def gpu_attention_table(found: list[dict[str, Any]]) -> str:
-    rows = []
-    for each in found:
-        errors = (
-            (f"{each[name]:.1e}" for name in ("output", "gradients")) if "output" in each else (each["refused"], "")
-        )
-        rows.append((each["dtype"], each["option"] or "none", each["backend"], *errors))
-    return table(("dtype", "option", "backend", "output", "gradients"), rows)
-
-
-def spread_of(values: list[float]) -> str:
-    return f"{median(values):.0f} ({min(values):.0f}-{max(values):.0f})"
-
-
-def table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    columns = list(columns)
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
-
-
-def spread(each: dict[str, float] | None) -> str:
-    """Writes median, smallest and largest."""
-    return f"{each['median']:.2f} ({each['min']:.2f}-{each['max']:.2f})" if each else "-"
-
-
-=======
->>>>>>> 7845e00 (The page has a place for what a GPU measures of found models, labelled logits and shared prompts)
 if __name__ == "__main__":
     main()
