@@ -16,6 +16,7 @@ import gc
 import inspect
 import json
 import logging
+import re
 import sys
 import time
 import warnings
@@ -248,7 +249,9 @@ def way_in_words(model: nn.Module, unpatched: nn.Module, *, kernels: bool) -> tu
 
 
 def said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    """Returns the first line of an error, without the folder that this machine has its packages in."""
+    line = re.sub(r"[^\s'\"]*/site-packages/", "", (str(error).splitlines() or [""])[0])
+    return f"{type(error).__name__}: {line[:200]}"
 
 
 def main(output: str, *types: str) -> None:
