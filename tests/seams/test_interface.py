@@ -95,7 +95,7 @@ def test_calls_of_others_go_straight_through(shape):
     assert found == expected if isinstance(expected, str) else torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("special", ["softcap", "s_aux", "sinks", "position_bias", "is_causal"])
+@pytest.mark.parametrize("special", ["s_aux", "sinks", "position_bias", "is_causal"])
 def test_argument_that_changes_the_attention_is_refused_for_packed_examples(batch, special):
     """What a backend can't do is never ignored."""
     model = padfree_patch.apply(tiny("llama"))
