@@ -10,7 +10,8 @@ from torch import nn
 
 def show_line(model: nn.Module, line: str) -> None:
     """Lets IPython print a line if the cell that runs ends with the model; does nothing where no IPython runs."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    get_shell = getattr(sys.modules.get("IPython"), "get_ipython", None)  # not there while IPython is being imported
+    shell = None if get_shell is None else get_shell()
     if shell is None or shell.display_formatter is None:
         return
     formatter, kind, of_this_cell = shell.display_formatter.ipython_display_formatter, type(model), weakref.ref(model)

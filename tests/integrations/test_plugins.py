@@ -10,6 +10,7 @@ from importlib.resources import files
 
 import pytest
 from transformers import PreTrainedModel
+from transformers.trainer_callback import CallbackHandler
 
 from helpers.door import made
 from padfree_patch import patching
@@ -17,10 +18,13 @@ from padfree_patch import patching
 
 @pytest.fixture(autouse=True)
 def _as_before():
-    before = {name: vars(PreTrainedModel)[name] for name in ("from_pretrained", "_from_config")}
+    """ms-swift's file keeps no handle, and a later test's Trainer would verify its model."""
+    entered = [(PreTrainedModel, "from_pretrained"), (PreTrainedModel, "_from_config")]
+    entered.append((CallbackHandler, "on_train_begin"))
+    before = [(owner, name, vars(owner)[name]) for owner, name in entered]
     yield
-    for name, own in before.items():
-        setattr(PreTrainedModel, name, own)
+    for owner, name, own in before:
+        setattr(owner, name, own)
 
 
 def test_axolotls_plug_in_patches_the_models_that_come_after_it(monkeypatch):
