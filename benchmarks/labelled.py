@@ -30,6 +30,7 @@ from padfree_patch.measure.texts import read_texts, shuffled, tokenise
 
 KINDS = ("all", "labelled")
 COLOURS = {"all": "#b0b7c3", "labelled": "#1f6feb", "chunked": "#2da44e"}
+README = Path(__file__).parents[1] / "README.md"
 VOCABULARY = 49152
 MEMORY = (("half", ("all", "labelled", "chunked")), ("everything", ("all", "chunked")))
 """Which tokens have a label where memory is measured, and with which logits."""
@@ -41,8 +42,8 @@ TOKENS, LENGTH = 4096, 256
 @click.option("--model", "folder", required=True, help="Folder of SmolLM2-135M.")
 @click.option("--data", "files", multiple=True, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--batch-size", default=4, show_default=True)
-@click.option("--rounds", default=3, show_default=True, help="Batches per data set, 4 layers.")
-@click.option("--real-rounds", default=2, show_default=True, help="The same for the real weights.")
+@click.option("--rounds", default=7, show_default=True, help="Batches per data set, 4 layers.")
+@click.option("--real-rounds", default=3, show_default=True, help="The same for the real weights.")
 @click.option("--max-length", default=1024, show_default=True)
 @click.option("--here", type=(str, str), hidden=True, help="Labels and logits to measure in this process.")
 def main(
@@ -91,6 +92,7 @@ def main(
         "memory_vocabulary": VOCABULARY,
     }
     save("labelled", {**sizes, "runs": runs, "memory": memory}, picture(runs, memory))
+    write_readme(runs, memory)
 
 
 def examples_from(file: Path, tokenizer: Any, *, count: int, max_length: int) -> list[dict[str, list[int]]]:
@@ -154,6 +156,31 @@ def memory_of_a_step(labels: str, logits: str) -> dict[str, Any]:
     reset_peak()
     seconds = seconds_of(model, batch, logits)
     return {"bytes": peak_bytes() - before, "seconds": seconds}
+
+
+def write_readme(runs: list[dict[str, Any]], memory: list[dict[str, Any]]) -> None:
+    """Writes the README's table: steps whose prompts have no labels, and what chunks save of the memory."""
+    lines = ["| model | data | tokens that predict a label | speed-up over padding-free |", "|---|---|---|---|"]
+    for run in runs:
+        if run["trained"] == "completions":
+            cells = (
+                run["model"],
+                run["data"],
+                f"{run['labelled']['median']:.0%}",
+                f"**{run['speedup']['median']:.2f} x**",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    added = {(each["labelled"], each["logits"]): each["bytes"] for each in memory}
+    half, chunked = (added[at] / added[at[0], "all"] - 1 for at in (("half", "labelled"), ("everything", "chunked")))
+    lines += [
+        "",
+        f"Memory that a step of one layer adds: {half:+.0%} with half of the tokens labelled, {chunked:+.0%} in",
+    ]
+    lines.append("chunks with all of them.")
+    text = README.read_text()
+    begin, end = text.index("<!-- labelled:begin"), text.index("<!-- labelled:end")
+    README.write_text(text[: text.index("-->", begin) + 3] + "\n" + "\n".join(lines) + "\n" + text[end:])
+    print(f"wrote the table in {README}")
 
 
 def picture(runs: list[dict[str, Any]], memory: list[dict[str, Any]]) -> Figure:

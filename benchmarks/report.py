@@ -33,6 +33,7 @@ def page() -> str:
         json.loads((RESULTS / f"{name}.json").read_text()) for name in names
     )
     fits = scaling["fits"]
+    labelled = json.loads((RESULTS / "labelled.json").read_text())
     return TEXT.read_text().format(
         **{name: step["environment"][name] for name in ("threads", "cpu", "torch", "transformers")},
         step=step_table(step["ratios"]),
@@ -71,6 +72,7 @@ def page() -> str:
         per_sequence=per_sequence_table(per_sequence["models"]),
         **gpu_values(gpu),
         **shared_values(json.loads((RESULTS / "shared_prompts.json").read_text())),
+        **labelled_values(labelled),
         syncs=", ".join(f"{count} {name}" for name, count in overhead["syncs_per_step"].items()),
     )
 
@@ -186,6 +188,26 @@ def scaling_table(found: list[dict[str, Any]]) -> str:
     return table(
         ("tokens in the row", "padding-free, s", "over the ceiling", "native, s", "padding-free over native"), rows
     )
+
+
+def labelled_values(found: dict[str, Any]) -> dict[str, Any]:
+    rows = (
+        (run["model"], run["data"], run["trained"], f"{run['labelled']['median']:.0%}", f"**{spread(run['speedup'])}**")
+        for run in found["runs"]
+    )
+    memory = []
+    for each in found["memory"]:
+        (whole,) = (e for e in found["memory"] if (e["labelled"], e["logits"]) == (each["labelled"], "all"))
+        less = f"**{each['bytes'] / whole['bytes'] - 1:+.0%}**" if each is not whole else ""
+        speed = f"{whole['seconds'] / each['seconds']:.2f}"
+        memory.append((each["labelled"], each["logits"], f"{each['bytes'] / 2**30:.2f} GiB", less, speed))
+    return {
+        "labelled_steps": table(("model", "data", "labels on", "tokens that predict one", "speed-up"), rows),
+        "labelled_memory": table(("labels on", "logits", "a step adds", "", "speed"), memory),
+        "labelled_batch": found["batch_size"],
+        "labelled_length": f"{found['max_length']:,}",
+        "labelled_tokens": f"{found['memory_tokens']:,}",
+    }
 
 
 def overhead_table(calls: dict[str, dict[str, Any]]) -> str:
