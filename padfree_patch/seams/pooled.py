@@ -99,7 +99,8 @@ def _loss(head: Any, logits: Tensor, labels: Tensor | None) -> Tensor | None:
     if labels.shape[:1] != logits.shape[:1]:
         raise PadfreeError(
             f"{type(head).__name__}: labels of shape {tuple(labels.shape)} for a packed batch of {len(logits)} "
-            "sequences; it needs a label for each. padfree_patch.DataCollatorForSequenceClassification makes them"
+            "sequences; it needs a label for each. padfree_patch.DataCollatorForSequenceClassification makes them. "
+            "TRL's RewardTrainer wants its own collator, and padfree_patch.integrations.padded.pack_padded(model)"
         )
     labels = labels.to(logits.device)
     if hasattr(head, "loss_function"):  # from 4.46 on

@@ -155,7 +155,7 @@ def test_our_collator_of_pairs_is_refused_by_name(model, judge, tokenizer, tmp_p
     ours, keep = DataCollatorForPreference(), {"remove_unused_columns": False}
     with pytest.raises(PadfreeError, match=r"DPOTrainer and RewardTrainer among them, .*pack_padded\(model\)"):
         dpo(model, tokenizer, tmp_path, packed=True, collator=ours, **keep)
-    renamed = {"match": r"gives one result per row, .*pack_padded\(model\)" if NEW else "pair 0 has no chosen_ids"}
+    renamed = {"match": r"needs a label for each.*pack_padded\(model\)" if NEW else "pair 0 has no chosen_ids"}
     with pytest.raises(PadfreeError, **renamed):
         rewards(judge, tokenizer, tmp_path, packed=True, collator=ours, **keep)
     if not NEW:  # whose columns have other names
