@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import needs_task_ids
+from ..batch.lengths import LENGTH_ARGUMENTS
 from ..errors import PadfreeError
 from ..models import is_transformers_model
 
@@ -75,7 +76,8 @@ class Entry:
 
     def _accepted(self, options: dict[str, object], device: torch.device) -> dict[str, object]:
         """Returns what the forward takes; positions that it does not take become segment numbers in the mask."""
-        given = {name: value for name, value in options.items() if self._takes(name)}
+        # Lengths are given to patched models only, whose forwards take them whatever they name.
+        given = {name: value for name, value in options.items() if self._takes(name) or name in LENGTH_ARGUMENTS}
         positions = options.get("position_ids")
         if isinstance(positions, Tensor) and "position_ids" not in given:
             if not self._takes("attention_mask"):

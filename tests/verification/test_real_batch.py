@@ -28,6 +28,15 @@ def test_patched_model_gives_each_example_what_it_gives_alone(make, options):
 
 
 @pytest.mark.versions
+def test_lengths_alone_say_where_examples_end(llama):
+    """Before 4.48 no forward of upstream names them, or takes what it does not name."""
+    batch = flattened(return_flash_attn_kwargs=True)
+    del batch["position_ids"]
+    with applied(llama):
+        assert verify(llama, batch)
+
+
+@pytest.mark.versions
 def test_unpatched_model_does_not(make):
     result = verify(make(), pack(examples(LENGTHS)))
     assert not result
