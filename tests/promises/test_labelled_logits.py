@@ -112,8 +112,8 @@ def test_all_logits_are_computed_where_somebody_may_need_them(logits, batch):
 
 @pytest.mark.versions
 def test_a_loss_of_ones_own_gets_all_logits(logits, batch):
-    if versions.transformers("<4.47"):
-        pytest.skip("this version's models have no loss_function to replace")
+    if versions.transformers("<4.48"):
+        pytest.skip("this version's models have no loss_function, or none that can be set")
     model = apply(maker()(), logits=logits).train()
     seen = []
 
@@ -165,7 +165,7 @@ def test_router_losses_are_counted_once(logits, batch, name, items):
     make = maker(name, initializer_range=0.2)
     skip_if_unavailable(make)
     more = {"output_router_logits": True}
-    if items and versions.transformers(">=4.46"):
+    if items and versions.transformers(">=4.48"):  # DBRX of 4.47 takes none
         more["num_items_in_batch"] = items
     expected = loss_and_gradients(apply(make()), batch, **more)
     assert_same_step(loss_and_gradients(apply(make(), logits=logits), batch, **more), expected)
