@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel
 
 import padfree_patch
+from helpers.any_decoder import tiny_decoder
 from padfree_patch import cli
 from padfree_patch.measure.texts import train_tokenizer
 from padfree_patch.registry import registry
@@ -33,6 +34,14 @@ def test_verify_tells_by_its_exit_code():
     assert "examples do not mix" in patched.output
     assert unpatched.exit_code == 1
     assert "EXAMPLES MIX" in unpatched.output
+
+
+def test_verify_looks_for_the_way_as_apply_does(tmp_path):
+    """BART's decoder needs a module that only the check names; the control is the first way, unchecked."""
+    tiny_decoder("bart").save_pretrained(tmp_path)
+    assert run("verify", str(tmp_path)).exit_code == 0
+    with pytest.warns(UserWarning, match="only a check says"):
+        assert not padfree_patch.verify(padfree_patch.apply(tiny_decoder("bart"), verify=False))
 
 
 def test_explain_in_text_and_json():

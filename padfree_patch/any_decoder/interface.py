@@ -62,7 +62,14 @@ def answer(call: Call) -> tuple[Tensor, None]:
     note_answer(module)
     cutter = Cutter(batch, module, dict.fromkeys(call.names[1:4], 2), scores=True)
     arguments = {name: value for name, value in call.arguments.items() if value is not module}
-    results = cutter.run(arguments, lambda cut: call.changed(**cut).proceed()[0])
+
+    def run(cut: dict[str, Any]) -> Tensor:
+        if cut[call.names[4]] is None and cut.get("is_causal") is False:
+            cut = {**cut, "is_causal": None}  # the layer saw a stand-in: alone it has no mask, and leaves it to this
+        output: Tensor = call.changed(**cut).proceed()[0]
+        return output
+
+    results = cutter.run(arguments, run)
     output = torch.cat(cutter.without_prompts(results, 1), dim=1)  # (1, B * T, H, D)
     return output.view(q.shape[0], -1, *output.shape[2:]), None
 

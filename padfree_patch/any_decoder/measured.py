@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import versions
 from .noted_mask import CALLERS_OWN, Recipe
 from .readings import ReadConfig
 
@@ -47,10 +46,8 @@ class Builder:
         """Takes the builder, its arguments without tensors, the tokens' dtype, and if it wants the caller's mask."""
         self._original, self._arguments = original, arguments
         self._dtype, self._reads_mask = dtype, reads_mask
-        # transformers' own use positions for nothing but to look for several sequences, and wait for the device. They
-        # get them on 4.x, where GPT-2's first way came out wrong without (4.57.6; why was not found).
-        looks = hasattr(sys.modules[original.__module__], "find_packed_sequence_indices")
-        self._looks_for_sequences = looks and versions.transformers(">=5")
+        # transformers' own use positions for nothing but to look for several sequences, and wait for the device.
+        self._looks_for_sequences = hasattr(sys.modules[original.__module__], "find_packed_sequence_indices")
         self._numbers: dict[str, int] = {}
         self._unclear: set[str] = set()
 

@@ -50,9 +50,12 @@ def verify(model: str, tiny: bool, attn: str | None, as_json: bool, unpatched: b
     """
     loaded = load(model, tiny, attn)
     from ..patching import apply
+    from ..registry import found_by_check, patch_for
     from ..verification import verify
 
-    result = verify(loaded if unpatched else apply(loaded, verify=False))
+    if not unpatched:
+        apply(loaded, verify=found_by_check(patch_for(loaded)))
+    result = verify(loaded)
     print_result(result, as_json)
     sys.exit(0 if result.ok else 1)
 
