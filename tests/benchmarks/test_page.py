@@ -24,6 +24,27 @@ def test_page_is_the_one_that_the_results_make(report):
     assert report.PAGE.read_text() == report.page()
 
 
+def test_sentences_of_the_readme_say_what_was_measured(report):
+    """Its tables are written by scripts; these figures by hand."""
+
+    def of(name):
+        return json.loads((report.RESULTS / f"{name}.json").read_text())
+
+    shared = {2: [], 8: []}
+    for shape in sorted(of("shared_prompts")["shapes"], key=lambda shape: shape["prompt"]):
+        shared[shape["group"]].append(f"{shape['speedup']['median']:.1f}")
+    native = [each["packed_over_native"]["median"] for each in of("step")["ratios"]]
+    (longest,) = (row["medians"] for row in of("scaling")["rows"] if row["tokens"] == 16384)
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for sentence in (
+        f"a step on pairs is another {shared[2][0]}, {shared[2][1]} and {shared[2][2]} x as fast",
+        f"on groups of 8 answers {', '.join(shared[8][:2])} and {shared[8][2]} x",
+        f"{min(native):.1f} to {max(native):.0f} times as fast on real batches",
+        f"{longest['native'] / longest['packed']:.1f} times on a row of 16,384",
+    ):
+        assert sentence in readme
+
+
 def test_page_changes_with_the_results(report, tmp_path, monkeypatch):
     """The control."""
     for path in report.RESULTS.glob("*.json"):
