@@ -12,6 +12,7 @@ from packaging.version import Version
 from torch.nn import functional as F
 
 import padfree_patch
+from helpers.labelled import FORMS, assert_same_step, training_step
 from padfree_patch import PadfreeError, apply
 from padfree_patch.integrations.padded import pack_padded
 from padfree_patch.registry import registry
@@ -19,7 +20,6 @@ from padfree_patch.seams import labelled
 from padfree_patch.testing import conformance, examples, pack, pad, tiny_model
 
 SEQUENCES = examples(conformance.LENGTHS)
-FORMS = ("labelled", "chunked")
 
 
 @pytest.fixture(params=FORMS)
@@ -35,21 +35,6 @@ def batch():
 
 def make(**config):
     return tiny_model(registry().get("llama"), "sdpa", **config)
-
-
-def step(model, batch, **more):
-    torch.manual_seed(0)
-    output = model.train()(**batch, **more)
-    output["loss"].backward()
-    gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
-    return output["loss"].item(), gradients, output
-
-
-def assert_same_step(found, expected):
-    assert found[0] == pytest.approx(expected[0], rel=2e-6)
-    assert found[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        assert (found[1][name] - gradient).norm() <= conformance.GRADIENT_TOLERANCE * gradient.norm(), name
 
 
 ON_THE_HEAD = {
@@ -76,9 +61,9 @@ def test_adapters_on_the_head_are_trained_as_with_all_logits(logits, batch, kind
         return apply(model, logits=logits)
 
     model = patched(adapted(make())) if first == "get_peft_model" else adapted(patched(make()))
-    expected = step(apply(adapted(make())), batch)
+    expected = training_step(apply(adapted(make())), batch)
     assert any("lm_head" in name for name in expected[1])
-    assert_same_step(step(model, batch), expected)
+    assert_same_step(training_step(model, batch), expected)
     assert padfree_patch.verify(model)
 
 
@@ -99,7 +84,7 @@ def fused(self, input_ids=None, attention_mask=None, position_ids=None, labels=N
 @pytest.mark.parametrize("where", ["class", "instance"])
 def test_a_fused_loss_gets_labelled_rows(batch, monkeypatch, where, when):
     """Liger puts its forward on the class, or with the Trainer's use_liger_kernel on the instance, after apply."""
-    expected = step(apply(make()), batch)
+    expected = training_step(apply(make()), batch)
     model = make()
     if when == "after":
         apply(model, logits="labelled")
@@ -111,7 +96,7 @@ def test_a_fused_loss_gets_labelled_rows(batch, monkeypatch, where, when):
         model.forward = types.MethodType(fused, model)
     if when == "before":
         apply(model, logits="labelled")
-    assert_same_step(step(model, batch), expected)
+    assert_same_step(training_step(model, batch), expected)
     assert model.rows == 12
     padfree_patch.restore(model)
 
@@ -119,21 +104,21 @@ def test_a_fused_loss_gets_labelled_rows(batch, monkeypatch, where, when):
 def test_a_forward_on_the_instance_is_called_for_each_chunk(batch, monkeypatch):
     """But what hangs on the model, as PaddingFreeCallback's hook does, is called once."""
     monkeypatch.setattr(labelled, "CHUNK", 4)
-    expected, called = step(apply(make()), batch), []
+    expected, called = training_step(apply(make()), batch), []
     model = apply(make(), logits="chunked")
     model.forward = types.MethodType(fused, model)
     model.register_forward_pre_hook(lambda *_: called.append(True))
-    assert_same_step(step(model, batch), expected)
+    assert_same_step(training_step(model, batch), expected)
     assert model.rows == 5 and called == [True]  # four rows and one of zeros, last in the backward
 
 
 def test_a_forward_over_ours_is_served_once(logits, batch):
     """Somebody's forward on the instance that calls ours, as accelerate's for mixed precision does."""
-    expected = step(apply(make()), batch)
+    expected = training_step(apply(make()), batch)
     model = apply(make(), logits=logits)
     ours = model.forward
     model.forward = types.MethodType(lambda self, **given: ours(**given), model)
-    assert_same_step(step(model, batch), expected)
+    assert_same_step(training_step(model, batch), expected)
 
 
 def test_trls_fused_head_gets_all_tokens(batch):
@@ -173,12 +158,12 @@ def test_trls_trainer_that_reads_all_logits_is_refused_by_name(logits, batch):
 def test_padded_batches_that_are_packed_inside_are_served(logits):
     """And what hangs on the decoder gets all its hidden states, once."""
     padded = pad(SEQUENCES)
-    expected = step(make(), padded)
+    expected = training_step(make(), padded)
     model = apply(make(), logits=logits)
     seen = []
     pack_padded(model)
     model.model.register_forward_hook(lambda module, args, output: seen.append(output[0].shape[:2]))
-    found = step(model, padded)
+    found = training_step(model, padded)
     assert_same_step(found, expected)
     assert seen == [(4, 12)]
 
@@ -186,10 +171,10 @@ def test_padded_batches_that_are_packed_inside_are_served(logits):
 @pytest.mark.slow
 def test_compiled_model_trains_as_with_all_logits(logits, batch):
     torch._dynamo.reset()
-    expected = step(apply(make()), batch)
+    expected = training_step(apply(make()), batch)
     compiled = torch.compile(apply(make(), logits=logits), backend="aot_eager")
     output = compiled.train()(**batch)
     output.loss.backward()
     gradients = {name: each.grad for name, each in compiled._orig_mod.named_parameters() if each.grad is not None}
-    assert_same_step((output.loss.item(), gradients), expected)
+    assert_same_step((output.loss.item(), gradients, output), expected)
     torch._dynamo.reset()

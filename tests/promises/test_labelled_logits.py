@@ -11,6 +11,7 @@ import functools
 import pytest
 import torch
 
+from helpers.labelled import FORMS, assert_same_step, rows_of_logits, training_step
 from helpers.models import PATCHES, skip_if_unavailable
 from padfree_patch import DataCollatorWithFlattening, PadfreeError, apply, versions
 from padfree_patch.registry import registry
@@ -26,7 +27,6 @@ from padfree_patch.testing import (
     tiny_model,
 )
 
-FORMS = ("labelled", "chunked")
 MARKED = ("llama", "granite", "mixtral")
 SEQUENCES = examples(conformance.LENGTHS)
 LABELS = torch.cat(conformance.completions(SEQUENCES), dim=1)
@@ -54,23 +54,6 @@ def maker(name="llama", implementation=IMPLEMENTATION, **config):
     return make
 
 
-def loss_and_gradients(model, batch, **more):
-    """Of a training step; also what the model gave."""
-    output = model.train()(**batch, **more)
-    loss = output[0] if isinstance(output, tuple) else output.loss
-    loss.backward()
-    gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
-    return loss.item(), gradients, output
-
-
-def assert_same_step(found, expected):
-    torch.testing.assert_close(found[0], expected[0], rtol=2e-6, atol=1e-7)
-    assert found[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        error = (found[1][name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
-        assert error < conformance.GRADIENT_TOLERANCE, f"gradient of {name} is off by {error:.2e}"
-
-
 def marked(patch):
     return pytest.param(patch, id=patch.model_type, marks=[pytest.mark.versions] * (patch.model_type in MARKED))
 
@@ -90,8 +73,8 @@ def test_padded_and_plain_batches_compute_labelled_logits_too(logits):
     padded["labels"][:, :4] = -100
     plain = {"input_ids": padded["input_ids"], "labels": padded["labels"]}  # nothing but tokens and labels
     for batch in (padded, plain):
-        expected = loss_and_gradients(make(), batch)
-        found = loss_and_gradients(apply(make(), logits=logits), batch)
+        expected = training_step(make(), batch)
+        found = training_step(apply(make(), logits=logits), batch)
         assert_same_step(found, expected)
         assert expected[2].logits.shape[:2] == (4, 12)
         shape = None if found[2].logits is None else tuple(found[2].logits.shape[:2])
@@ -130,8 +113,8 @@ def test_a_loss_of_ones_own_gets_all_logits(logits, batch):
 @pytest.mark.versions
 def test_tuples_are_served(logits, batch):
     make = maker()
-    expected = loss_and_gradients(apply(make()), batch, return_dict=False)
-    assert_same_step(loss_and_gradients(apply(make(), logits=logits), batch, return_dict=False), expected)
+    expected = training_step(apply(make()), batch, return_dict=False)
+    assert_same_step(training_step(apply(make(), logits=logits), batch, return_dict=False), expected)
 
 
 @pytest.mark.versions
@@ -140,10 +123,10 @@ def test_num_items_in_batch_divides_the_sum(logits, batch, items):
     if versions.transformers("<4.46"):
         pytest.skip("this version's models do not know num_items_in_batch")
     make = maker()
-    expected = loss_and_gradients(apply(make()), batch, num_items_in_batch=items)
-    plain = loss_and_gradients(apply(make()), batch)[0]
+    expected = training_step(apply(make()), batch, num_items_in_batch=items)
+    plain = training_step(apply(make()), batch)[0]
     assert expected[0] == pytest.approx(plain * PREDICTED / 7)  # it is divided by what was given, not by the labels
-    assert_same_step(loss_and_gradients(apply(make(), logits=logits), batch, num_items_in_batch=items), expected)
+    assert_same_step(training_step(apply(make(), logits=logits), batch, num_items_in_batch=items), expected)
 
 
 @pytest.mark.versions
@@ -152,10 +135,10 @@ def test_shifted_labels_win_where_the_version_knows_them(logits, batch):
         pytest.skip("this version's losses know no shift_labels")
     make = maker()
     shifted = torch.cat([batch["input_ids"][:, 1:], torch.full((1, 1), -100)], 1)
-    expected = loss_and_gradients(apply(make()), batch, shift_labels=shifted)
-    found = loss_and_gradients(apply(make(), logits=logits), batch, shift_labels=shifted)
+    expected = training_step(apply(make()), batch, shift_labels=shifted)
+    found = training_step(apply(make(), logits=logits), batch, shift_labels=shifted)
     assert_same_step(found, expected)
-    assert abs(expected[0] - loss_and_gradients(apply(make()), batch)[0]) > 1e-5  # more tokens have a label there
+    assert abs(expected[0] - training_step(apply(make()), batch)[0]) > 1e-5  # more tokens have a label there
 
 
 @pytest.mark.versions
@@ -167,10 +150,10 @@ def test_router_losses_are_counted_once(logits, batch, name, items):
     more = {"output_router_logits": True}
     if items and versions.transformers(">=4.48"):  # DBRX of 4.47 takes none
         more["num_items_in_batch"] = items
-    expected = loss_and_gradients(apply(make()), batch, **more)
-    assert_same_step(loss_and_gradients(apply(make(), logits=logits), batch, **more), expected)
+    expected = training_step(apply(make()), batch, **more)
+    assert_same_step(training_step(apply(make(), logits=logits), batch, **more), expected)
     del more["output_router_logits"]
-    assert abs(loss_and_gradients(apply(make()), batch, **more)[0] - expected[0]) > 1e-3
+    assert abs(training_step(apply(make()), batch, **more)[0] - expected[0]) > 1e-3
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
@@ -185,24 +168,26 @@ def test_tied_weights_and_several_rows_are_served(logits):
     batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     batch["labels"] = batch["input_ids"].clone()
     batch["labels"][:, 3:9] = -100
-    assert_same_step(loss_and_gradients(apply(make(), logits=logits), batch), loss_and_gradients(apply(make()), batch))
+    assert_same_step(training_step(apply(make(), logits=logits), batch), training_step(apply(make()), batch))
 
 
 def test_no_label_at_all_gives_what_upstream_gives(logits, batch):
     batch["labels"] = torch.full_like(LABELS, -100)
-    expected = loss_and_gradients(apply(maker()()), batch)
-    found = loss_and_gradients(apply(maker()(), logits=logits), batch)
+    expected = training_step(apply(maker()()), batch)
+    found = training_step(apply(maker()(), logits=logits), batch)
     assert str(found[0]) == str(expected[0]) == "nan"
+    assert rows_of_logits(found[2]) <= 1 < rows_of_logits(expected[2])
     assert all(torch.equal(found[1][name], gradient) for name, gradient in expected[1].items())
 
 
 def test_half_precision_is_no_worse_than_with_all_logits(logits, batch):
     """Bound: the error with all logits against float64, with a factor for the luck of rounding."""
-    exact = loss_and_gradients(apply(maker()().double()), batch)
+    exact = training_step(apply(maker()().double()), batch)
 
     def error(chosen):
         with torch.autocast("cpu", torch.bfloat16):
-            found = loss_and_gradients(apply(maker()(), logits=chosen), batch)
+            found = training_step(apply(maker()(), logits=chosen), batch)
+        assert (rows_of_logits(found[2]) < LABELS.numel()) == (chosen != "all")
         return sum((found[1][name] - gradient).norm() for name, gradient in exact[1].items())
 
     assert error(logits) < 1.5 * error("all")
@@ -215,8 +200,8 @@ def test_the_collators_rows_cost_no_sync(logits):
     ends = [[-100] * (len(each[0]) * 3 // 5) + each[0].tolist()[len(each[0]) * 3 // 5 :] for each in SEQUENCES]
     batch = collator([{"input_ids": ids[0].tolist(), "labels": end} for ids, end in zip(SEQUENCES, ends)])
     model = apply(maker()(), logits=logits).train()
-    expected = loss_and_gradients(apply(maker()()), pack(SEQUENCES) | {"labels": LABELS})
-    assert_same_step(loss_and_gradients(model, batch), expected)
+    expected = training_step(apply(maker()()), pack(SEQUENCES) | {"labels": LABELS})
+    assert_same_step(training_step(model, batch), expected)
     with SyncCounter() as syncs:
         model(**batch)
     assert syncs.total == 0, syncs.by_name
@@ -233,8 +218,8 @@ def test_labels_that_the_collator_did_not_know_are_an_error(logits):
     model = apply(maker()(), logits=logits).train()
     fewer = batch["labels"].clone()
     fewer[:, 2] = fewer[:, 8:] = -100
-    expected = loss_and_gradients(apply(maker()()), {**batch, "labels": fewer})
-    assert_same_step(loss_and_gradients(model, {**batch, "labels": fewer}), expected)
+    expected = training_step(apply(maker()()), {**batch, "labels": fewer})
+    assert_same_step(training_step(model, {**batch, "labels": fewer}), expected)
     batch["labels"][:, 1] = 6
     with pytest.raises(PadfreeError, match="labelled_rows are not those of its labels"):
         model(**batch)
@@ -253,6 +238,6 @@ def test_no_tensor_of_all_logits_is_made_in_chunks():
     for chosen in ("all", "chunked"):
         model = apply(make(), logits=chosen, verify=False)
         with LargestTensor() as largest:
-            loss_and_gradients(model, batch)
+            training_step(model, batch)
         elements[chosen] = largest.elements
     assert elements["chunked"] <= 1025 * 1024 < 2520 * 1024 <= elements["all"]

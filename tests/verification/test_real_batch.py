@@ -61,7 +61,7 @@ def test_rows_of_several_examples_and_their_modes_are_kept(llama):
     batch = {name: value.repeat(2, 1) for name, value in row.items()}
     with applied(llama.train()):
         result = verify(llama, batch)
-    assert result.examples == 4 and llama.training
+    assert result and result.examples == 4 and llama.training
     assert all(each.grad is None for each in llama.parameters())
 
 
