@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -34,6 +35,7 @@ nox.options.reuse_venv = "yes"
 nox.options.tags = ["ci"]  # what `make test` runs
 
 uv_places.prepare()
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # where it is set, every process would compile torch anew, for seconds
 
 full_asked_for = False
 
