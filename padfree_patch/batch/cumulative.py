@@ -51,6 +51,8 @@ def as_integers(cu_seqlens: Tensor | Sequence[int]) -> Tensor:
     Raises PadfreeError if they are no integers of that shape.
     """
     try:
+        if isinstance(cu_seqlens, list | tuple) and has_truth_values(cu_seqlens):
+            raise TypeError("truth values count nothing")
         with torch.device("cpu"):  # as_tensor would move a tensor to the default device
             cu = cu_seqlens if isinstance(cu_seqlens, Tensor) else torch.as_tensor(cu_seqlens)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..arguments import Integers
+from ..arguments import Integers, has_truth_values
 from ..errors import PadfreeError
 from .boundary_columns import BOUNDARY_FIELDS, KEPT
 
@@ -110,6 +110,8 @@ def token_values(feature: Feature, name: str, index: int) -> Integers:
         )
     if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
         raise PadfreeError(f"{what} must be integers (T,), found {_described(feature[name], values)}")
+    if isinstance(given := feature[name], list | tuple) and has_truth_values(given):
+        raise PadfreeError(f"{what} must be integers (T,), found truth values among them")
     if values.dtype == np.uint64 and (largest := values.max(initial=0)) > np.iinfo(np.int64).max:
         raise PadfreeError(f"{what} must be integers (T,) of 64 bits, found {largest}")
     return values.astype(np.int64)

@@ -90,6 +90,7 @@ def test_numbers_of_sequences_in_another_shape_are_refused(numbers, beside):
         ({"cu_seq_lens_q": "abc"}, "cu_seqlens must be integers, found abc"),
         ({"cu_seq_lens_q": [0, None, 9]}, "cu_seqlens must be integers"),
         ({"cu_seq_lens_q": CU.float()}, "cu_seqlens must be integers"),
+        ({"cu_seq_lens_q": [False, 3, 7, 9]}, "cu_seqlens must be integers.*truth values"),  # torch reads 0, 3, 7, 9
         ({"cu_seq_lens_q": CU, "max_length_q": 3.5}, "max_length_q must be an integer, found 3.5"),
         ({"cu_seq_lens_q": CU, "max_length_q": "4"}, "max_length_q must be an integer, found 4"),
         ({"cu_seq_lens_q": CU, "max_length_k": torch.tensor([4, 4])}, "max_length_k must be an integer"),

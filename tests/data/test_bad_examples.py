@@ -41,6 +41,8 @@ pytestmark = pytest.mark.versions
         ([{"input_ids": [2**63]}], "example 0: input_ids must be integers .* found 9223372036854775808"),
         ([{"input_ids": [1, 2**64]}], "example 0: input_ids must be integers"),
         ([{"input_ids": "text"}], "example 0: input_ids must be integers"),
+        ([{"input_ids": [5, True]}], "example 0: input_ids must be integers .* truth values"),  # numpy reads 5, 1
+        ([{"input_ids": [5, 6, 7], "seq_lengths": [2, True]}], "0: seq_lengths must be integers .* truth values"),
         ([{"input_ids": torch.tensor([1, 2]).bfloat16()}], r"input_ids must be integers \(T,\), found bfloat16 \(2,\)"),
         ([[1, 2]], "example 0 must be a dict of fields such as input_ids, found list"),
         ({"input_ids": [[1, 2]]}, "takes a list of examples, each a dict of fields, found dict of input_ids"),
