@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, TrainingArguments
+from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, TrainingArguments
 
+from helpers.any_decoder import tiny_decoder
 from helpers.recipes import run, save_tiny_model, sentence
 from helpers.training import Stream, data, flattening, padding, trained, trainer_of
 from padfree_patch import (
@@ -40,6 +41,11 @@ STEPS = 2
 
 def llama():
     return tiny_model(registry().get("llama"), "sdpa")
+
+
+MODELS = {"llama": llama, "gpt2": lambda: tiny_decoder("gpt2"), "mamba2": lambda: tiny_decoder("mamba2")}
+"""The second and third have no patch: one answers for all examples at once, one goes through them one by one."""
+HERE = [name for name in MODELS if name in CONFIG_MAPPING]
 
 
 def batch_of(which):
@@ -68,7 +74,8 @@ def fully_sharded_2(model):
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.model.layers:
+    (layers,) = (each for each in model.modules() if isinstance(each, nn.ModuleList))
+    for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model, lambda: {n: p.grad.full_tensor() for n, p in model.named_parameters()}
@@ -77,10 +84,10 @@ def fully_sharded_2(model):
 WAYS = {"ddp": data_parallel, "fsdp1": fully_sharded_1, "fsdp2": fully_sharded_2}
 
 
-def loss_and_gradients(wrap):
+def loss_and_gradients(make, wrap):
     """Of both ranks' tokens: five sequences here, two there."""
     rank = dist.get_rank()
-    model, gradients = wrap(apply(llama()))
+    model, gradients = wrap(apply(make()))
     batch = batch_of(OF_RANK[rank])
     counts = torch.zeros(dist.get_world_size())
     counts[rank] = (batch["labels"] != -100).sum()
@@ -175,7 +182,7 @@ def torchrun(worker: Path, folder: Path) -> tuple[list[dict[str, Any]], subproce
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    found = {way: loss_and_gradients(wrap) for way, wrap in WAYS.items()}
+    found = {(name, way): loss_and_gradients(MODELS[name], wrap) for name in HERE for way, wrap in WAYS.items()}
     dist.barrier()
     few = {"per_device_train_batch_size": 2}
     for name, collator, patched in (("padded", padding, False), ("packed", flattening(), True)):

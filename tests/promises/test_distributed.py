@@ -33,25 +33,20 @@ def found(both):
 
 
 @pytest.mark.parametrize("way", two_processes.WAYS)
-def test_two_processes_are_one(found, measured, way):
-    model = two_processes.apply(two_processes.llama())
+@pytest.mark.parametrize("name", two_processes.HERE)
+def test_two_processes_are_one(found, measured, name, way):
+    model = two_processes.apply(two_processes.MODELS[name]())
     loss = model(**two_processes.batch_of(slice(None))).loss
     loss.backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     for rank in found:
-        torch.testing.assert_close(rank[way]["loss"], loss.detach())
-        assert set(rank[way]["gradients"]) == set(expected)
-        apart = {
-            name: ((rank[way]["gradients"][name] - each).norm() / each.norm()).item() for name, each in expected.items()
-        }
-        assert max(apart.values()) <= SAME_WEIGHTS
-        loss_apart = abs(rank[way]["loss"] - loss).item()
-        measured(
-            f"{way}, two processes against one",
-            steps=two_processes.STEPS,
-            loss=loss_apart,
-            gradients=max(apart.values()),
-        )
+        mine = rank[name, way]
+        torch.testing.assert_close(mine["loss"], loss.detach())
+        assert set(mine["gradients"]) == set(expected)
+        apart = max(((mine["gradients"][at] - each).norm() / each.norm()).item() for at, each in expected.items())
+        assert apart <= SAME_WEIGHTS
+        claim = f"{way}, two processes against one" if name == "llama" else f"{way}, {name}, two processes against one"
+        measured(claim, steps=two_processes.STEPS, loss=abs(mine["loss"] - loss).item(), gradients=apart)
 
 
 @pytest.mark.parametrize("packed", ["packed", "stream"])
