@@ -1,8 +1,8 @@
 """Attention functions of transformers' interface (4.48 on) in a model that no patch is registered for.
 
-Plain ones are answered by a varlen backend: chunks are just shorter sequences. Of what is special (sinks, softcaps, a
-bias, a gate, an eager function that is not Llama's) nothing need be known: upstream's own function runs on each
-sequence.
+Plain ones are answered by a varlen backend: chunks are just shorter sequences, and sinks are plain where the backend
+knows them. Of what is special (softcaps, a bias, a gate, an eager function that is not Llama's) nothing need be known:
+upstream's own function runs on each sequence.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import attention
 from ..batch.packed_batch import PackedBatch
 from ..batch.sequences import PackedSequences
 from ..models import implementation_of
@@ -27,6 +28,7 @@ from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import Seam, original_of
 from .cutting import Cutter
 from .noted_mask import Recipe, batch_of, is_noted, recipe_of
+from .sinks import sinks_of
 from .way import Way
 
 NAME = "interface"
@@ -54,11 +56,12 @@ def answer(call: Call) -> tuple[Tensor, None]:
     module, q, mask = (call.arguments[call.names[place]] for place in (0, 1, 4))
     batch, recipe = batch_of(mask, q.device), recipe_of(mask)
     # The chunks of an example that goes on from a shared prompt are not those of the row.
-    plain = is_plain(call, recipe) and not (recipe.kind == "chunk" and batch.sequences.prefixes)
+    sinks = sinks_of(call)
+    plain = is_plain(call, recipe, sinks) and not (recipe.kind == "chunk" and batch.sequences.prefixes)
     if (opt_in := OptIn.of(module)) is not None:
         opt_in.special = not plain
     if plain:
-        return _by_kernel(call, batch, recipe), None
+        return _by_kernel(call, batch, recipe, sinks), None
     note_answer(module)
     cutter = Cutter(batch, module, dict.fromkeys(call.names[1:4], 2), scores=True)
     arguments = {name: value for name, value in call.arguments.items() if value is not module}
@@ -74,21 +77,36 @@ def answer(call: Call) -> tuple[Tensor, None]:
     return output.view(q.shape[0], -1, *output.shape[2:]), None
 
 
-def is_plain(call: Call, recipe: Recipe) -> bool:
-    """Whether a varlen backend computes what the function would: softmax attention, masked as the recipe says."""
+def is_plain(call: Call, recipe: Recipe, sinks: Tensor | None) -> bool:
+    """Whether a varlen backend computes what the function would: softmax attention, masked as the recipe says.
+
+    Sinks are those that the function is known to take.
+    """
     given = call.with_defaults()
     module, name = given[call.names[0]], call.original.__name__
     flash = "flash" in name
     special = [each for each in (*SPECIAL, *(() if flash else ("softcap",))) if given.get(each) is not None]
+    if sinks is not None:
+        special = [each for each in special if given[each] is not sinks]
+    known = (*call.names[:5], *_KNOWN_TENSORS)
     unknown = [
         each
         for each, value in given.items()
-        if isinstance(value, Tensor) and each not in (*call.names[:5], *_KNOWN_TENSORS) and value.dim() > 0
+        if isinstance(value, Tensor) and each not in known and value.dim() > 0 and value is not sinks
     ]
     causal = given.get("is_causal") is not False and getattr(module, "is_causal", True) is not False
     if special or unknown or not causal or (recipe.kind == "other" and not flash):
         return False
+    if sinks is not None:
+        return _backend_knows_sinks(module, given[call.names[1]])
     return "eager" not in name or _is_llamas(call.original)
+
+
+def _backend_knows_sinks(module: nn.Module, q: Tensor) -> bool:
+    """Whether the backend that a module is patched with takes sinks; if not, upstream's function runs as ever."""
+    opt_in = OptIn.of(module)
+    needs = attention.Needs(q.device.type, q.dtype, q.shape[3], sinks=True)
+    return attention.find(needs, opt_in.backend if opt_in else "auto") is not None
 
 
 def _is_llamas(function: Any) -> bool:
@@ -105,7 +123,7 @@ def _innermost(function: Any) -> Any:
     return function
 
 
-def _by_kernel(call: Call, batch: PackedBatch, recipe: Recipe) -> Tensor:
+def _by_kernel(call: Call, batch: PackedBatch, recipe: Recipe, sinks: Tensor | None) -> Tensor:
     given = call.with_defaults()
     module, q, k, v = (given[name] for name in call.names[:4])
     window = recipe.size if recipe.kind == "window" else 0
@@ -117,7 +135,7 @@ def _by_kernel(call: Call, batch: PackedBatch, recipe: Recipe) -> Tensor:
     kernel = PackedKernel(module, sequences, Window(window), opt_in.backend if opt_in else "auto")
     dropout = float(given.get("dropout") or 0.0)
     softcap = float(given.get("softcap") or 0.0)
-    output = kernel.attend(q, k, v, scale=given.get("scaling"), dropout=dropout, softcap=softcap)
+    output = kernel.attend(q, k, v, scale=given.get("scaling"), dropout=dropout, softcap=softcap, sinks=sinks)
     return output.transpose(1, 2).contiguous()
 
 

@@ -13,7 +13,7 @@ from ..errors import PadfreeError
 from . import flash_attn, flash_attn_3, flex, sdpa, torch_varlen
 from .spec import Backend, Needs
 
-__all__ = ["BACKENDS", "Backend", "Needs", "check_name", "names", "refusal", "select"]
+__all__ = ["BACKENDS", "Backend", "Needs", "check_name", "find", "names", "refusal", "select"]
 
 BACKENDS: tuple[Backend, ...] = (flash_attn_3, flash_attn, torch_varlen, flex, sdpa)
 """In the order of preference: the fastest first."""
@@ -32,6 +32,12 @@ def check_name(name: str) -> None:
     raise PadfreeError(f"unknown backend {name!r}; choose auto or one of these ({here}):\n{_list_reasons(here)}")
 
 
+def find(needs: Needs, name: str = "auto") -> Backend | None:
+    """Finds the first backend that can do what a call needs, or the named one; None if it can't."""
+    able = (backend for backend in BACKENDS if name in ("auto", backend.NAME) and refusal(backend, needs) is None)
+    return next(able, None)
+
+
 @functools.lru_cache(maxsize=64)
 def select(needs: Needs, name: str = "auto") -> Backend:
     """Finds the first backend that can do what a call needs, or the named one.
@@ -39,9 +45,8 @@ def select(needs: Needs, name: str = "auto") -> Backend:
     Raises PadfreeError with every candidate and the reason against it.
     """
     check_name(name)
-    for backend in BACKENDS:
-        if name in ("auto", backend.NAME) and refusal(backend, needs) is None:
-            return backend
+    if (backend := find(needs, name)) is not None:
+        return backend
     wanted = "no attention backend for" if name == "auto" else f"backend {name!r} can't serve"
     raise PadfreeError(f"{wanted} {needs}:\n{_list_reasons(needs)}")
 
@@ -54,4 +59,6 @@ def refusal(backend: Backend, needs: Needs) -> str | None:
     """Says why a backend can't do what a call needs; None if it can."""
     if needs.prompts and not backend.KNOWS_PROMPTS:
         return "knows no prompts that sequences share"
+    if needs.sinks and not backend.KNOWS_SINKS:
+        return "knows no sinks"
     return backend.refusal(needs)

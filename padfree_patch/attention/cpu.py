@@ -1,13 +1,14 @@
 """Varlen attention on the CPU by the flash operators behind `scaled_dot_product_attention`, in one autograd node.
 
 One node keeps autograd's graph from growing with the number of sequences. Inside it, the operators are called for each
-sequence, with three differences from the public function:
+sequence, with four differences from the public function:
 
 - Unless a sequence is long, the operators also compute most of the scores that causality hides. So sequences of up to
   `CHUNKED_UNTIL` tokens are cut into chunks of queries (forward) and of keys (backward), each against what it can see.
   Sliding windows are the same chunks with less to see.
 - A sequence that goes on from a shared prompt is two calls, one on the prompt and one on its own tokens, whose outputs
   are merged by the log-sum-exp of their scores. The backward is two calls with the merged output and log-sum-exp.
+- Sinks are merged in the same way, as a part of the keys without values.
 - In bfloat16 and float16 the operators are slow on short sequences, so each sequence is computed in float32. The
   backward of a longer bfloat16 sequence is matrix products in bfloat16 (`bfloat16_backward.py`).
 
@@ -31,6 +32,7 @@ from .cpu_operators import flash_backward, flash_forward
 from .cpu_prompts import backward_of_prompt, merge_prompt
 from .per_sequence import chunk_size, split_by_sequence, working_dtype
 from .second_order import gradients_with_gradients, transformed
+from .sinks import gradient_of_sinks, merge_sinks
 
 CHUNKED_FROM, CHUNKED_UNTIL = 129, 2048
 """The shortest and the longest sequence that chunks speed up, in tokens.
@@ -44,10 +46,19 @@ MATMULS_FROM = 193
 """Tokens from which a bfloat16 sequence has the faster backward in matrix products."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, *, scale: float, window: int = 0) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: PackedSequences,
+    *,
+    scale: float,
+    window: int = 0,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Computes `Backend.attend` for v of k's shape, where `works` is true and no tensor is `transformed`."""
     q, k, v = (_with_dense_rows(x) for x in (q, k, v))
-    out: Tensor = _Attention.apply(q, k, v, sequences, scale, window)[0]
+    out: Tensor = _Attention.apply(q, k, v, sinks, sequences, scale, window)[0]
     return out
 
 
@@ -83,8 +94,9 @@ class _Context(Protocol):
 
     options: _Options
     saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
 
-    def save_for_backward(self, *tensors: Tensor) -> None: ...
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
     def mark_non_differentiable(self, *outputs: Tensor) -> None: ...
 
@@ -92,11 +104,11 @@ class _Context(Protocol):
 
 
 class _Attention(torch.autograd.Function):
-    """Computes (T, H, D), and the log-sum-exp (T, H) of the scores, of q (T, H, D), k and v (T, K, D)."""
+    """Computes (T, H, D), and the log-sum-exp (T, H) of the scores, of q (T, H, D), k and v (T, K, D), sinks (H,)."""
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, scale: float, window: int
+        q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, sequences: PackedSequences, scale: float, window: int
     ) -> tuple[Tensor, Tensor]:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = q.new_empty(q.shape[:2], dtype=working_dtype(q.dtype))
@@ -107,6 +119,8 @@ class _Attention(torch.autograd.Function):
             if prefix >= 0:
                 k_, v_ = (x.to(lse.dtype) for x in pieces[prefix][1:3])
                 merge_prompt(q_, k_, v_, result, its_lse, scale=scale, window=window)
+            if sinks is not None:
+                merge_sinks(result, its_lse, sinks)
             out_.copy_(result)
             lse_.copy_(its_lse)
         return out, lse
@@ -114,24 +128,24 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def setup_context(
         ctx: _Context,
-        inputs: tuple[Tensor, Tensor, Tensor, PackedSequences, float, int],
+        inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, PackedSequences, float, int],
         output: tuple[Tensor, Tensor],
     ) -> None:
-        q, k, v, sequences, scale, window = inputs
+        q, k, v, sinks, sequences, scale, window = inputs
         ctx.options = _Options(sequences, scale, window)
-        ctx.save_for_backward(q, k, v, *output)
+        ctx.save_for_backward(q, k, v, sinks, *output)
         ctx.mark_non_differentiable(output[1])  # the log-sum-exp
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: _Context, dout: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
         if dout is None:  # what came after attention has no gradient
-            return None, None, None, None, None, None
-        q, k, v, out, lse = ctx.saved_tensors
+            return None, None, None, None, None, None, None
+        q, k, v, sinks, out, lse = ctx.saved_tensors
         sequences, scale, window = ctx.options
         if torch.is_grad_enabled() or transformed(dout):  # create_graph=True, or many dout at once (vmap)
-            gradients = gradients_with_gradients(dout, q, k, v, sequences, scale=scale, window=window)
-            return *gradients, None, None, None
+            differentiable = gradients_with_gradients(dout, q, k, v, sinks, sequences, scale=scale, window=window)
+            return *differentiable, None, None, None
         # What sequences that share a prompt add to its gradients is not rounded each time.
         summed = lse.dtype if sequences.prefixes else q.dtype
         dq, dk, dv = (
@@ -157,7 +171,8 @@ class _Attention(torch.autograd.Function):
                     total += gradient
             for result, gradient in zip(results, gradients):
                 result.copy_(gradient)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        dsinks = gradient_of_sinks(dout, out, lse, sinks) if ctx.needs_input_grad[3] else None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks, None, None, None
 
 
 def _prefixes(sequences: PackedSequences) -> Iterator[int]:

@@ -19,6 +19,7 @@ from .spec import Needs, check_shapes
 NAME = "flash_attn_3"
 ANY_VALUE_SIZE = False
 KNOWS_PROMPTS = True
+KNOWS_SINKS = False
 
 REQUIRED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 """The arguments without a default that `attend` passes; builds of 2024 require more than these."""
@@ -51,10 +52,11 @@ def attend(
     window: int = 0,
     softcap: float = 0.0,
     dropout: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Computes attention (`Backend.attend`)."""
     check_shapes(q, k, v, sequences)
-    assert not dropout, "the selector never sends dropout here"
+    assert not dropout and sinks is None, "the selector never sends either here"
     output = call_varlen_func(_varlen_func(), q, k, v, sequences, scale=scale, window=window, softcap=softcap)
     output = output[0] if isinstance(output, tuple) else output  # builds of 2024 return the log-sum-exp as well
     return refuse_second_derivatives(output, NAME)

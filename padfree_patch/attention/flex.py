@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # older torch has none
 NAME = "flex"
 ANY_VALUE_SIZE = True
 KNOWS_PROMPTS = True
+KNOWS_SINKS = False
 
 BLOCK = 128
 """Queries and keys per block: what the kernel is tuned for."""
@@ -78,10 +79,11 @@ def attend(
     window: int = 0,
     softcap: float = 0.0,
     dropout: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Computes attention (`Backend.attend`)."""
     check_shapes(q, k, v, sequences)
-    assert not dropout, "the selector never sends dropout here"
+    assert not dropout and sinks is None, "the selector never sends either here"
     of_values = v.shape[2]
     v = F.pad(v, (0, max(0, SMALLEST_HEAD - of_values)))
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, heads, T, D)

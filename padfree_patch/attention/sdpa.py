@@ -22,15 +22,19 @@ from . import cpu
 from .per_sequence import chunk_size, working_dtype
 from .prompts import split_with_seen_keys
 from .second_order import transformed
+from .sinks import softmax_with_sinks
 from .spec import Needs, check_shapes
 
 NAME = "sdpa"
 ANY_VALUE_SIZE = True
 KNOWS_PROMPTS = True
+KNOWS_SINKS = True
 
 
 def refusal(needs: Needs) -> str | None:
-    """Gives None: this backend can do everything."""
+    """Says why this backend can't do what a call needs; None if it can, as on the CPU it always can."""
+    if needs.sinks and needs.device != "cpu":
+        return f"computes sinks on the CPU only, found {needs.device}"  # nobody has measured it elsewhere
     return None
 
 
@@ -44,18 +48,20 @@ def attend(
     window: int = 0,
     softcap: float = 0.0,
     dropout: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Computes attention, on any device and with every option (`Backend.attend`)."""
     check_shapes(q, k, v, sequences)
     on_cpu = q.device.type == "cpu"
     # The public function has no softcap, and on the CPU no dropout without all scores of a sequence in memory. Nor does
     # anything but matrix products know every transform of torch.func.
-    by_matmuls = bool(softcap) or (bool(dropout) and on_cpu) or transformed(q, k, v)
+    by_matmuls = bool(softcap) or (bool(dropout) and on_cpu) or transformed(q, k, v, sinks)
     if on_cpu and not by_matmuls and k.shape == v.shape and cpu.works():
-        return cpu.attend(q, k, v, sequences, scale=scale, window=window)
+        return cpu.attend(q, k, v, sequences, scale=scale, window=window, sinks=sinks)
+    by_matmuls = by_matmuls or sinks is not None
     attend_chunk: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     if by_matmuls:
-        attend_chunk = functools.partial(_matmuls, scale=scale, softcap=softcap, dropout=dropout)
+        attend_chunk = functools.partial(_matmuls, sinks=sinks, scale=scale, softcap=softcap, dropout=dropout)
     else:
         attend_chunk = functools.partial(_sdpa, scale=scale, dropout=dropout)
     outputs = []
@@ -112,7 +118,15 @@ def _in_chunks(
 
 
 def _matmuls(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, scale: float, softcap: float, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    *,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout: float,
 ) -> Tensor:
     """Computes a chunk in matrix products, in float32 at least; visible: bool (queries, keys).
 
@@ -121,19 +135,19 @@ def _matmuls(
     groups = q.shape[1] // k.shape[1]
     working = working_dtype(q.dtype)
 
-    def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def compute(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
             q_grouped = q.to(working).unflatten(1, (-1, groups)).flatten(2, 3)  # (1, K, groups * queries, D)
             scores = q_grouped * scale @ k.to(working).transpose(2, 3)
             scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-            weights = scores.masked_fill(~visible.repeat(groups, 1), -torch.inf).softmax(-1)
+            weights, _ = softmax_with_sinks(scores.masked_fill(~visible.repeat(groups, 1), -torch.inf), sinks)
             weights = F.dropout(weights, dropout) if dropout else weights
             output = weights @ v.to(working)
             return output.unflatten(2, (groups, -1)).flatten(1, 2).to(q.dtype)
 
-    if transformed(q, k, v):  # torch.func does not take checkpoints
-        return compute(q, k, v)
-    return checkpoint(compute, q, k, v, use_reentrant=False, preserve_rng_state=dropout > 0)
+    if transformed(q, k, v, sinks):  # torch.func does not take checkpoints
+        return compute(q, k, v, sinks)
+    return checkpoint(compute, q, k, v, sinks, use_reentrant=False, preserve_rng_state=dropout > 0)
 
 
 def _sdpa(

@@ -19,9 +19,10 @@ from ..batch.sequences import PackedSequences
 from ..errors import PadfreeError
 from .per_sequence import working_dtype
 from .prompts import seen_keys, split_with_seen_keys
+from .sinks import softmax_with_sinks
 
 
-def transformed(*tensors: Tensor) -> bool:
+def transformed(*tensors: Tensor | None) -> bool:
     """Whether `torch.func`, a vmap or forward-mode AD is at work, which follow torch's own operations only.
 
     The two private functions are what `torch.autograd.Function` and torch's own printing ask. Without them, torch says
@@ -30,28 +31,42 @@ def transformed(*tensors: Tensor) -> bool:
     active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
     # Of `is_grads_batched=True`, and so of `torch.autograd.functional.hessian(vectorize=True)`.
     batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: False)
-    return bool(active()) or any(batched(x) or forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    given = [x for x in tensors if x is not None]
+    return bool(active()) or any(batched(x) or forward_ad.unpack_dual(x).tangent is not None for x in given)
 
 
 def gradients_with_gradients(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, *, scale: float, window: int
-) -> tuple[Tensor, ...]:
-    """Computes dq (T, H, D), dk and dv (T, K, D) by operations that autograd and `torch.func` follow.
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    sequences: PackedSequences,
+    *,
+    scale: float,
+    window: int,
+) -> tuple[Tensor | None, ...]:
+    """Computes dq (T, H, D), dk and dv (T, K, D), and dsinks (H,), by operations that autograd and `torch.func` follow.
 
     The scores of one sequence are in memory at once, and all of them while the graph lives: as with eager attention.
     """
     with torch.autocast(q.device.type, enabled=False):  # of the caller, whose forward computed in float32 too
         pieces = split_with_seen_keys(sequences, (dout, q), (k, v))
-        each = (_of_one_sequence(*tensors, scale=scale, window=window) for tensors in pieces)
-        dq, dk, dv = (torch.cat(parts, dim=2).squeeze(0).transpose(0, 1) for parts in zip(*each))
+        each = (_of_one_sequence(*tensors, sinks, scale=scale, window=window) for tensors in pieces)
+        *joined, of_sinks = zip(*each)
+        dq, dk, dv = (torch.cat(parts, dim=2).squeeze(0).transpose(0, 1) for parts in joined)
+        dsinks = None if sinks is None else torch.stack(of_sinks).sum(0).to(sinks.dtype)
         keys = seen_keys(sequences)
-        return dq, keys.add_up(dk, sequences.total), keys.add_up(dv, sequences.total)
+        return dq, keys.add_up(dk, sequences.total), keys.add_up(dv, sequences.total), dsinks
 
 
 def _of_one_sequence(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes dq, dk and dv of one sequence: dout and q (1, H, L, D), k and v (1, K, S, D), L the last of S tokens."""
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *, scale: float, window: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Computes dq, dk, dv and dsinks of one sequence.
+
+    dout and q are (1, H, L, D), k and v (1, K, S, D), L the last of S tokens; dsinks is empty without sinks.
+    """
     (key_heads, seen, head_dim), length, dtype = k.shape[1:], q.shape[2], q.dtype
     grouped = (1, key_heads, -1, head_dim)  # (1, K, G * L, D), with G = H / K; a legacy vmap knows no unflatten
     dout, q, k, v = (x.to(working_dtype(dtype)).reshape(grouped) for x in (dout, q, k, v))
@@ -59,12 +74,15 @@ def _of_one_sequence(
     distance = position[seen - length :, None] - position
     hidden = (distance < 0) | (distance >= (window or seen))  # (L, S)
     scores = scale * q @ k.transpose(2, 3)
-    weights = scores.masked_fill(hidden.repeat(q.shape[2] // length, 1), -torch.inf).softmax(-1)
+    scores = scores.masked_fill(hidden.repeat(q.shape[2] // length, 1), -torch.inf)
+    weights, of_sinks = softmax_with_sinks(scores, sinks)
     dweights = dout @ v.transpose(2, 3)
-    dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
+    delta = (weights * dweights).sum(-1, keepdim=True)
+    dscores = weights * (dweights - delta)
+    dsinks = -(of_sinks * delta).reshape(-1, length * of_sinks.shape[-1]).sum(-1)  # (H,)
     dq = (scale * dscores @ k).reshape(1, -1, length, head_dim)
     dk, dv = scale * dscores.transpose(2, 3) @ q, weights.transpose(2, 3) @ dout
-    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype), dsinks
 
 
 def refuse_second_derivatives(output: Tensor, backend: str) -> Tensor:

@@ -28,11 +28,13 @@ class Needs:
     """Probability with which an attention weight is dropped."""
     prompts: bool = False
     """Whether sequences go on from prompts that they share."""
+    sinks: bool = False
+    """Whether each head has a sink: one more logit in every softmax, whose weight goes nowhere."""
 
     def __str__(self) -> str:
         asked = [f"dtype={str(self.dtype).removeprefix('torch.')}", f"device={self.device}"]
         asked += [f"head_dim={self.head_dim}"]
-        options = ("window", "softcap", "dropout", "prompts")
+        options = ("window", "softcap", "dropout", "prompts", "sinks")
         asked += [f"{name}={getattr(self, name)}" for name in options if getattr(self, name)]
         return ", ".join(asked)
 
@@ -46,6 +48,8 @@ class Backend(Protocol):
     """Whether values may have another head size than queries and keys."""
     KNOWS_PROMPTS: bool
     """Whether sequences may go on from prompts that they share (`PackedSequences.prefixes`)."""
+    KNOWS_SINKS: bool
+    """Whether heads may have sinks."""
 
     def refusal(self, needs: Needs) -> str | None:
         """Says why this backend can't do what a call needs; None if it can."""
@@ -62,13 +66,14 @@ class Backend(Protocol):
         window: int = 0,
         softcap: float = 0.0,
         dropout: float = 0.0,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Computes causal attention inside each sequence, never across two.
 
         A sequence that goes on from a shared prompt sees all of that too, before its own tokens.
 
         T tokens of all sequences end to end, H query heads, K key/value heads, D head size. Whoever calls this has
-        asked `refusal` before, and whether it knows prompts if there are any.
+        asked `padfree_patch.attention.refusal` before.
 
         Args:
             q: (T, H, D).
@@ -78,6 +83,7 @@ class Backend(Protocol):
             window: newest tokens that a query sees, itself included; 0 for all of its sequence and prompt.
             softcap: scores become softcap * tanh(scores / softcap); 0 for none.
             dropout: probability with which an attention weight is dropped.
+            sinks: (H,), one more logit of each head in every softmax, whose weight goes nowhere; None for none.
 
         Returns (T, H, D), in the dtype of q.
         """

@@ -24,6 +24,7 @@ from .spec import Needs, check_shapes
 NAME = "torch_varlen"
 ANY_VALUE_SIZE = False
 KNOWS_PROMPTS = True
+KNOWS_SINKS = False
 
 
 def refusal(needs: Needs) -> str | None:
@@ -51,10 +52,11 @@ def attend(
     window: int = 0,
     softcap: float = 0.0,
     dropout: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Computes attention (`Backend.attend`)."""
     check_shapes(q, k, v, sequences)
-    assert not softcap and not dropout, "the selector never sends either here"
+    assert not softcap and not dropout and sinks is None, "the selector never sends any of them here"
     function, keys = _varlen_attn(), seen_keys(sequences)
     grouped = {"enable_gqa": True} if "enable_gqa" in _arguments(function) else {}
     output = function(

@@ -32,7 +32,10 @@ FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"
 
 EAGER = "eager_attention_forward"
 
-SPECIAL = ("s_aux", "sinks", "position_bias", "head_mask")
+SINKS = ("s_aux", "sinks")
+"""What the functions call sinks: one more logit of each head in every softmax."""
+
+SPECIAL = (*SINKS, "position_bias", "head_mask")
 """Arguments that change the attention itself; a function that is answered here must not be given one."""
 
 

@@ -60,6 +60,7 @@ class PackedKernel:
         dropout: float,
         window: int | None = None,
         softcap: float = 0.0,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Computes causal attention inside each sequence.
 
@@ -71,6 +72,7 @@ class PackedKernel:
             dropout: probability with which an attention weight is dropped.
             window: newest tokens that a query sees, itself included; 0 for all, None for what the mask's recipe says.
             softcap: scores become softcap * tanh(scores / softcap); 0 for none.
+            sinks: (H,), one more logit of each head in every softmax; None for none.
 
         Returns (B, H, T, D), with the last dimension of v.
         """
@@ -92,7 +94,7 @@ class PackedKernel:
             q, k, v = (x.to(autocast) for x in (q, k, v))
             result_dtype = autocast
         wide = max(head_dim, of_values) + (BIAS_CHANNELS if self.key_bias is not None else 0)
-        needs = attention.Needs(q.device.type, result_dtype, wide, window, softcap, dropout, prompts)
+        needs = attention.Needs(q.device.type, result_dtype, wide, window, softcap, dropout, prompts, sinks is not None)
         backend = attention.select(needs, self._backend)
         if (backends := _backends.get()) is not None:
             backends.add(backend.NAME)
@@ -106,7 +108,7 @@ class PackedKernel:
         self.attending = True
         try:
             output = backend.attend(
-                q, k, v, self._sequences, scale=scale, window=window, softcap=softcap, dropout=dropout
+                q, k, v, self._sequences, scale=scale, window=window, softcap=softcap, dropout=dropout, sinks=sinks
             )
         finally:
             self.attending = False
