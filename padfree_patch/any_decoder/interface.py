@@ -19,7 +19,7 @@ from ..batch.sequences import PackedSequences
 from ..models import implementation_of
 from ..seams.answers import note_answer
 from ..seams.flash_attn import window_surplus
-from ..seams.interface import EAGER, SPECIAL, mapping_seams, namespace_of
+from ..seams.interface import EAGER, SINKS, SPECIAL, mapping_seams, namespace_of
 from ..seams.kernel import PackedKernel
 from ..seams.kinds import Found
 from ..seams.stand_in import Recipe as Window
@@ -28,7 +28,7 @@ from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import Seam, original_of
 from .cutting import Cutter
 from .noted_mask import Recipe, batch_of, is_noted, recipe_of
-from .sinks import sinks_of
+from .sinks import sinks_in, takes_sinks
 from .way import Way
 
 NAME = "interface"
@@ -56,12 +56,11 @@ def answer(call: Call) -> tuple[Tensor, None]:
     module, q, mask = (call.arguments[call.names[place]] for place in (0, 1, 4))
     batch, recipe = batch_of(mask, q.device), recipe_of(mask)
     # The chunks of an example that goes on from a shared prompt are not those of the row.
-    sinks = sinks_of(call)
-    plain = is_plain(call, recipe, sinks) and not (recipe.kind == "chunk" and batch.sequences.prefixes)
+    plain = is_plain(call, recipe) and not (recipe.kind == "chunk" and batch.sequences.prefixes)
     if (opt_in := OptIn.of(module)) is not None:
         opt_in.special = not plain
     if plain:
-        return _by_kernel(call, batch, recipe, sinks), None
+        return _by_kernel(call, batch, recipe), None
     note_answer(module)
     cutter = Cutter(batch, module, dict.fromkeys(call.names[1:4], 2), scores=True)
     arguments = {name: value for name, value in call.arguments.items() if value is not module}
@@ -77,32 +76,27 @@ def answer(call: Call) -> tuple[Tensor, None]:
     return output.view(q.shape[0], -1, *output.shape[2:]), None
 
 
-def is_plain(call: Call, recipe: Recipe, sinks: Tensor | None) -> bool:
-    """Whether a varlen backend computes what the function would: softmax attention, masked as the recipe says.
-
-    Sinks are those that the function is known to take.
-    """
+def is_plain(call: Call, recipe: Recipe) -> bool:
+    """Whether a varlen backend computes what the function would: softmax attention, masked as the recipe says."""
     given = call.with_defaults()
     module, name = given[call.names[0]], call.original.__name__
     flash = "flash" in name
+    sinks = SINKS if takes_sinks(call) else ()
     special = [each for each in (*SPECIAL, *(() if flash else ("softcap",))) if given.get(each) is not None]
-    if sinks is not None:
-        special = [each for each in special if given[each] is not sinks]
-    known = (*call.names[:5], *_KNOWN_TENSORS)
+    special = [each for each in special if each not in sinks]
+    known = (*call.names[:5], *_KNOWN_TENSORS, *sinks)
     unknown = [
-        each
-        for each, value in given.items()
-        if isinstance(value, Tensor) and each not in known and value.dim() > 0 and value is not sinks
+        each for each, value in given.items() if isinstance(value, Tensor) and each not in known and value.dim() > 0
     ]
     causal = given.get("is_causal") is not False and getattr(module, "is_causal", True) is not False
     if special or unknown or not causal or (recipe.kind == "other" and not flash):
         return False
-    if sinks is not None:
-        return _backend_knows_sinks(module, given[call.names[1]])
+    if sinks:
+        return sinks_in(given) is None or _backend_takes_sinks(module, given[call.names[1]])
     return "eager" not in name or _is_llamas(call.original)
 
 
-def _backend_knows_sinks(module: nn.Module, q: Tensor) -> bool:
+def _backend_takes_sinks(module: nn.Module, q: Tensor) -> bool:
     """Whether the backend that a module is patched with takes sinks; if not, upstream's function runs as ever."""
     opt_in = OptIn.of(module)
     needs = attention.Needs(q.device.type, q.dtype, q.shape[3], sinks=True)
@@ -123,7 +117,7 @@ def _innermost(function: Any) -> Any:
     return function
 
 
-def _by_kernel(call: Call, batch: PackedBatch, recipe: Recipe, sinks: Tensor | None) -> Tensor:
+def _by_kernel(call: Call, batch: PackedBatch, recipe: Recipe) -> Tensor:
     given = call.with_defaults()
     module, q, k, v = (given[name] for name in call.names[:4])
     window = recipe.size if recipe.kind == "window" else 0
@@ -135,6 +129,7 @@ def _by_kernel(call: Call, batch: PackedBatch, recipe: Recipe, sinks: Tensor | N
     kernel = PackedKernel(module, sequences, Window(window), opt_in.backend if opt_in else "auto")
     dropout = float(given.get("dropout") or 0.0)
     softcap = float(given.get("softcap") or 0.0)
+    sinks = sinks_in(given)
     output = kernel.attend(q, k, v, scale=given.get("scaling"), dropout=dropout, softcap=softcap, sinks=sinks)
     return output.transpose(1, 2).contiguous()
 

@@ -6,7 +6,8 @@ with attention written out. Whether it caps or clamps scores, only large ones sh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,55 +23,60 @@ _SIZES_OF_SCORES = (0.0, 100.0)
 """What is added to all scores: a softcap shows in large ones only, a sink beside small ones only."""
 
 
-def sinks_of(call: Call) -> Tensor | None:
-    """Returns the sinks (H,) that an eager attention function is given, if it computes what they stand for.
+def sinks_in(arguments: Mapping[str, Any]) -> Tensor | None:
+    """Returns the sinks among the arguments of an attention function, or None."""
+    return next((arguments[each] for each in SINKS if arguments.get(each) is not None), None)
 
-    None if it is given none, or if nobody knows what it makes of them: sdpa's of transformers ignores them.
+
+def takes_sinks(call: Call) -> bool:
+    """Whether an eager attention function, which is told what sinks there are, computes softmax attention with them.
+
+    transformers' sdpa, and eager functions that never heard of them, ignore sinks. Asked once for each module.
     """
     given = call.with_defaults()
-    module, name = given[call.names[0]], next((name for name in SINKS if given.get(name) is not None), None)
+    module, name = given[call.names[0]], next((name for name in SINKS if name in given), None)
     opt_in = OptIn.of(module)
     if name is None or opt_in is None or "eager" not in call.original.__name__:
-        return None
-    sinks = given[name]
-    if opt_in.knows_sinks is None:
-        opt_in.knows_sinks = _computes_sinks(call, module, name, sinks)
-    return sinks if opt_in.knows_sinks else None
+        return False
+    if opt_in.takes_sinks is None:
+        opt_in.takes_sinks = _computes_softmax(call, module, name, given[name])
+    return opt_in.takes_sinks
 
 
-def _computes_sinks(call: Call, module: nn.Module, name: str, sinks: Tensor) -> bool:
-    """Whether a function computes softmax attention with the sinks of a module that it is given under a name."""
-    own = next((each for each, parameter in module.named_parameters(recurse=False) if parameter is sinks), None)
+def _computes_softmax(call: Call, module: nn.Module, name: str, sinks: Tensor | None) -> bool:
+    """Whether a function computes softmax attention, with the sinks of a module that it is given under a name."""
     heads, key_heads = (call.arguments[each].shape[1] for each in call.names[1:3])
-    if own is None or sinks.shape != (heads,):
+    own = next((each for each, parameter in module.named_parameters(recurse=False) if parameter is sinks), None)
+    if sinks is not None and (own is None or sinks.shape != (heads,)):
         return False
     husk = without_weights(module).eval()
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
-            made_up = torch.linspace(-1, 1, heads)
-            husk.register_parameter(own, nn.Parameter(made_up))  # which a function may read of the module itself
+            made_up = None if sinks is None else torch.linspace(-1, 1, heads, dtype=torch.float32)
+            if own is not None and made_up is not None:  # a function may read them of the module itself
+                husk.register_parameter(own, nn.Parameter(made_up))
             return all(
                 torch.allclose(_called(call, husk, {name: made_up}, *qkv, mask), expected, atol=1e-4)
-                for *qkv, mask, expected in _examples(made_up, key_heads)
+                for *qkv, mask, expected in _examples(heads, key_heads, made_up)
             )
     except Exception:  # upstream's own: it wants something else of its module
         return False
 
 
-def _called(call: Call, module: nn.Module, given: dict[str, Tensor], *tensors: Tensor) -> Tensor:
+def _called(call: Call, module: nn.Module, given: dict[str, Tensor | None], *tensors: Tensor) -> Tensor:
     output: Tensor = call.original(module, *tensors, scaling=_SCALE, dropout=0.0, **given)[0]
     return output
 
 
-def _examples(sinks: Tensor, key_heads: int) -> Iterator[tuple[Tensor, ...]]:
+def _examples(heads: int, key_heads: int, sinks: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
     """Yields q (1, H, T, D), k and v (1, K, T, D), a mask to add, and what attention is then, (1, T, H, D)."""
     generator = torch.Generator("cpu").manual_seed(0)
-    shape = (_TOKENS, _HEAD_SIZE)
-    mask = torch.full((_TOKENS, _TOKENS), -torch.inf).triu(1)
+    shape, dtype = (_TOKENS, _HEAD_SIZE), torch.float32
+    mask = torch.full((_TOKENS, _TOKENS), -torch.inf, dtype=dtype).triu(1)
     for size in _SIZES_OF_SCORES:
-        q, k, v = (torch.randn(1, n, *shape, generator=generator) for n in (len(sinks), key_heads, key_heads))
+        q, k, v = (torch.randn(1, n, *shape, generator=generator, dtype=dtype) for n in (heads, key_heads, key_heads))
         q[..., 0], k[..., 0] = 1.0, k[..., 0] + size / _SCALE
         grouped = q.unflatten(1, (key_heads, -1)).flatten(2, 3)  # (1, K, G * T, D)
-        scores = _SCALE * grouped @ k.transpose(2, 3) + mask.repeat(len(sinks) // key_heads, 1)
+        scores = _SCALE * grouped @ k.transpose(2, 3) + mask.repeat(heads // key_heads, 1)
         weights, _ = softmax_with_sinks(scores, sinks)
-        yield q, k, v, mask[None, None], (weights @ v).reshape(1, len(sinks), *shape).transpose(1, 2)
+        yield q, k, v, mask[None, None], (weights @ v).reshape(1, heads, *shape).transpose(1, 2)

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch.sequences import PackedSequences
@@ -56,10 +57,13 @@ def attend(
     window: int = 0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Computes `Backend.attend` for v of k's shape, where `works` is true and no tensor is `transformed`."""
+    """Computes `Backend.attend` where `works` is true and no tensor is `transformed`."""
+    of_values = v.shape[2]
+    if k.shape != v.shape:  # the operators want one head size; channels of zeros change no score and no value
+        q, k, v = (F.pad(x, (0, max(k.shape[2], of_values) - x.shape[2])) for x in (q, k, v))
     q, k, v = (_with_dense_rows(x) for x in (q, k, v))
     out: Tensor = _Attention.apply(q, k, v, sinks, sequences, scale, window)[0]
-    return out
+    return out[..., :of_values]
 
 
 @functools.cache

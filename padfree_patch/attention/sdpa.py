@@ -56,7 +56,7 @@ def attend(
     # The public function has no softcap, and on the CPU no dropout without all scores of a sequence in memory. Nor does
     # anything but matrix products know every transform of torch.func.
     by_matmuls = bool(softcap) or (bool(dropout) and on_cpu) or transformed(q, k, v, sinks)
-    if on_cpu and not by_matmuls and k.shape == v.shape and cpu.works():
+    if on_cpu and not by_matmuls and cpu.works():
         return cpu.attend(q, k, v, sequences, scale=scale, window=window, sinks=sinks)
     by_matmuls = by_matmuls or sinks is not None
     attend_chunk: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -52,7 +52,7 @@ def gradients_with_gradients(
     """
     with torch.autocast(q.device.type, enabled=False):  # of the caller, whose forward computed in float32 too
         pieces = split_with_seen_keys(sequences, (dout, q), (k, v))
-        each = (_of_one_sequence(*tensors, sinks, scale=scale, window=window) for tensors in pieces)
+        each = (_of_one_sequence(*tensors, sinks=sinks, scale=scale, window=window) for tensors in pieces)
         *joined, of_sinks = zip(*each)
         dq, dk, dv = (torch.cat(parts, dim=2).squeeze(0).transpose(0, 1) for parts in joined)
         dsinks = None if sinks is None else torch.stack(of_sinks).sum(0).to(sinks.dtype)
@@ -61,7 +61,7 @@ def gradients_with_gradients(
 
 
 def _of_one_sequence(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *, scale: float, window: int
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None, scale: float, window: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes dq, dk, dv and dsinks of one sequence.
 

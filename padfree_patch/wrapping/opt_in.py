@@ -40,8 +40,8 @@ class OptIn:
         """Modules that answered in the last packed call; of a way that was found, what later calls must reach."""
         self.special = False
         """Of an attention module: whether upstream's own function ran on each sequence in the last packed call."""
-        self.knows_sinks: bool | None = None
-        """Of an attention module: whether its function computes attention with sinks; None if nobody has looked yet."""
+        self.takes_sinks: bool | None = None
+        """Of an attention module: whether its function computes softmax attention with sinks; None until one looks."""
         self.not_recomputed: tuple[str, ...] = ()
         """Classes inside of layers that gradient checkpointing must not run again: their batch would be gone."""
         self.reads_first_label = False
