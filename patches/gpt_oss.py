@@ -1,6 +1,6 @@
 """GPT-OSS: a sink in each head, which takes a part of every softmax, windows on every other layer, and experts.
 
-Upstream's own attention function runs on each sequence.
+On the CPU a backend computes the sinks; elsewhere upstream's own attention function runs on each sequence.
 
 Read against models/gpt_oss/modeling_gpt_oss.py of transformers 4.57.6 and 5.24.0.
 """

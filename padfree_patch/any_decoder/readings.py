@@ -62,7 +62,8 @@ def without_weights(module: nn.Module) -> nn.Module:
     """
     husk: nn.Module = object.__new__(type(module))
     nn.Module.__init__(husk)
-    vars(husk).update({name: v for name, v in vars(module).items() if name == "config" or isinstance(v, _PLAIN)})
+    plain = {name: v for name, v in vars(module).items() if name == "config" or v is None or isinstance(v, _PLAIN)}
+    vars(husk).update(plain)
     some = next(module.parameters(), None)
     if some is not None:
         husk.register_parameter("some", nn.Parameter(some.detach().new_empty(0), requires_grad=False))

@@ -63,7 +63,7 @@ def attend(
         q, k, v = (F.pad(x, (0, max(k.shape[2], of_values) - x.shape[2])) for x in (q, k, v))
     q, k, v = (_with_dense_rows(x) for x in (q, k, v))
     out: Tensor = _Attention.apply(q, k, v, sinks, sequences, scale, window)[0]
-    return out[..., :of_values]
+    return out if out.shape[2] == of_values else out[..., :of_values]
 
 
 @functools.cache

@@ -65,9 +65,9 @@ def _of_one_sequence(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes dq, dk, dv and dsinks of one sequence.
 
-    dout and q are (1, H, L, D), k and v (1, K, S, D), L the last of S tokens; dsinks is empty without sinks.
+    dout and q are (1, H, L, D), k and v (1, K, S, D), L the last of S tokens; dsinks (H,) is zero without sinks.
     """
-    (key_heads, seen, head_dim), length, dtype = k.shape[1:], q.shape[2], q.dtype
+    (heads, length), (key_heads, seen, head_dim), dtype = q.shape[1:3], k.shape[1:], q.dtype
     grouped = (1, key_heads, -1, head_dim)  # (1, K, G * L, D), with G = H / K; a legacy vmap knows no unflatten
     dout, q, k, v = (x.to(working_dtype(dtype)).reshape(grouped) for x in (dout, q, k, v))
     position = torch.arange(seen, device=q.device)
@@ -79,7 +79,7 @@ def _of_one_sequence(
     dweights = dout @ v.transpose(2, 3)
     delta = (weights * dweights).sum(-1, keepdim=True)
     dscores = weights * (dweights - delta)
-    dsinks = -(of_sinks * delta).reshape(-1, length * of_sinks.shape[-1]).sum(-1)  # (H,)
+    dsinks = -(of_sinks * delta).reshape(heads, -1).sum(-1)
     dq = (scale * dscores @ k).reshape(1, -1, length, head_dim)
     dk, dv = scale * dscores.transpose(2, 3) @ q, weights.transpose(2, 3) @ dout
     return dq.to(dtype), dk.to(dtype), dv.to(dtype), dsinks

@@ -14,10 +14,10 @@ SHARED = {"lengths": (7, 3, 5, 1, 200, 2, 150, 64), "prefixes": (-1, 0, 0, -1, -
 """Sequences that go on from two prompts, on both sides of the lengths at which chunks change, and one that does not."""
 
 
-def reference(q, k, v, sequences, *, scale, window=0, softcap=0.0):
+def reference(q, k, v, sequences, *, scale, window=0, softcap=0.0, sinks=None):
     """Computes masked softmax attention, sequence by sequence, in float64: q (T, H, D), k and v (T, K, D).
 
-    A sequence that goes on from a shared prompt has the prompt's keys and values before its own.
+    A sequence that goes on from a shared prompt has the prompt's keys and values before its own. sinks: (H,).
     """
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
@@ -30,7 +30,11 @@ def reference(q, k, v, sequences, *, scale, window=0, softcap=0.0):
         scores = softcap * (scores / softcap).tanh() if softcap else scores
         distance = torch.arange(len(k_))[len(k_) - len(q_) :, None] - torch.arange(len(k_))
         hidden = (distance < 0) | (distance >= (window or len(k_)))
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v_))
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if sinks is not None:  # a key more, whose value is zero
+            scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, len(q_), 1)], dim=2)
+            v_ = torch.cat([v_, torch.zeros_like(v_[:1])])
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v_))
     return torch.cat(outputs)
 
 

@@ -21,7 +21,8 @@ SLICE = {
     "deepseek_v32": "per sequence",  # learned sparsity
     "gemma2": "registered",  # softcap
     "gpt2": "fast",  # until 4.52 its mask is reshaped by the number of rows
-    "gpt_oss": "per sequence",  # sinks
+    "gpt_oss": "fast",  # sinks
+    "mimo_v2_flash": "fast",  # sinks in some layers only, and v has another head size
     "inkling_text": "per sequence",  # a bias on scores
     "lfm2": "fast, mixers per sequence",  # convolutions
     "llama": "registered",
