@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def is_transformers_model(module: nn.Module) -> bool:
@@ -13,12 +16,12 @@ def is_transformers_model(module: nn.Module) -> bool:
     return isinstance(module, PreTrainedModel)
 
 
-def pretrained_modules(model: nn.Module) -> list[nn.Module]:
+def pretrained_modules(model: nn.Module) -> list[PreTrainedModel]:
     """Returns the transformers models in a module, outermost first; looks through PEFT, DDP, FSDP, torch.compile."""
     return [module for module in model.modules() if is_transformers_model(module)]
 
 
-def saved_class(config: Any) -> Any:
+def saved_class(config: PretrainedConfig | None) -> type[PreTrainedModel] | None:
     """Finds the class of transformers that a config says its weights were saved from; None if it names none here."""
     import transformers
 
@@ -26,7 +29,7 @@ def saved_class(config: Any) -> Any:
     return next((cls for cls in found if cls is not None), None)
 
 
-def implementation_of(config: Any) -> str:
+def implementation_of(config: PretrainedConfig) -> str:
     """Returns the attention implementation that a model of this config was loaded with."""
     if getattr(config, "_flash_attn_2_enabled", False):  # before 4.36
         return "flash_attention_2"

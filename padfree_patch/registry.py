@@ -7,7 +7,7 @@ import functools
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -15,6 +15,9 @@ from .batch.packed_batch import PackedBatch
 from .errors import PadfreeError
 from .models import pretrained_modules
 from .wrapping.call import Call
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ENTRY_POINT_GROUP = "padfree_patch.patches"
 
@@ -50,9 +53,9 @@ class Patch:
     """Name of the class whose forward builds the attention mask and runs the layers."""
     transformers: str
     """Versions that the tests ran on, such as ">=4.36,<5.25"."""
-    tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    tiny: Mapping[str, object] = dataclasses.field(default_factory=dict, hash=False)
     """Config values of a model small enough for a test, on top of `padfree_patch.testing.TINY`."""
-    upstream_refuses: Callable[[Any], str | None] | None = None
+    upstream_refuses: Callable[[PretrainedConfig], str | None] | None = None
     """Says of a config why upstream can't run its model at all, so that `verify` has no example alone to compare with;
     None if it can."""
     attention_call: Callable[[AttentionCall], AttentionCall] | None = None
@@ -61,9 +64,9 @@ class Patch:
     attention_call_knows_prompts: bool = False
     """Whether what `attention_call` does is right where sequences go on from shared prompts too
     (`PackedSequences.prefixes`); if not, such rows are refused."""
-    quirks: Callable[[Any], list[str]] | None = None
+    quirks: Callable[[PretrainedConfig], list[str]] | None = None
     """Says of a config what upstream does with its model, in the running version, that one would not expect."""
-    variants: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
+    variants: Mapping[str, Mapping[str, object]] = dataclasses.field(default_factory=dict, hash=False)
     """Other configurations to test, by name: values on top of `tiny`."""
     any_decoder: bool = False
     """Whether its attention is more than a causal softmax over a window (sinks, chunks, a state), so that its models
@@ -154,5 +157,5 @@ def model_type_of(model: nn.Module) -> str:
     models = pretrained_modules(model)
     if not models:
         raise PadfreeError(f"{type(model).__name__} is not a transformers model and holds none")
-    outermost: Any = models[0]
+    outermost = models[0]
     return str(getattr(outermost.config, "model_type", None))

@@ -15,14 +15,18 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from padfree_patch import AttentionCall, Patch, versions
 from padfree_patch.batch.packed_batch import PackedBatch
 from padfree_patch.models import implementation_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _ADDS_TWICE = ">=4.45"
 """transformers versions whose eager attention adds ALiBi to the scores and has it in the mask too."""
@@ -30,9 +34,9 @@ _ADDS_TWICE = ">=4.45"
 
 def attention_call(call: AttentionCall) -> AttentionCall:
     """Gives a packed call of FalconAttention ALiBi as a bias on keys, and in 4.34 a mask."""
-    attention: Any = call.call.module
+    attention = call.call.module
     device = call.batch.position_ids.device
-    eager: Any = next(base for base in type(attention).__mro__ if base.__name__ == "FalconAttention")
+    eager: type[nn.Module] = next(base for base in type(attention).__mro__ if base.__name__ == "FalconAttention")
     inner = call.call
     if versions.transformers("<4.35") and type(attention) is eager:
         inner = inner.changed(attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device))  # True is masked
@@ -48,7 +52,7 @@ def attention_call(call: AttentionCall) -> AttentionCall:
     return dataclasses.replace(call, call=inner.changed(original=forward, alibi=given), key_bias=bias)
 
 
-def _alibi(batch: PackedBatch, heads: int, modeling: Any) -> Tensor:
+def _alibi(batch: PackedBatch, heads: int, modeling: ModuleType) -> Tensor:
     """Returns upstream's ALiBi, (H, B * T), counted from 0 in each sequence."""
     sequences = batch.sequences
     tokens = sequences.max_seqlen if sequences.prefixes is None else max(sequences.whole_lengths)
@@ -57,13 +61,13 @@ def _alibi(batch: PackedBatch, heads: int, modeling: Any) -> Tensor:
     return table.squeeze(1)[:, batch.positions_from_zero.reshape(-1)]
 
 
-def upstream_refuses(config: Any) -> str | None:
+def upstream_refuses(config: PretrainedConfig) -> str | None:
     """Says why upstream runs no call of a model of this config; None if it does."""
     refused = config.alibi and implementation_of(config) == "flash_attention_2"
     return "upstream's flash_attention_2 refuses ALiBi: only packed batches run, as on sdpa" if refused else None
 
 
-def quirks(config: Any) -> list[str]:
+def quirks(config: PretrainedConfig) -> list[str]:
     """Says what upstream does with ALiBi that one would not expect."""
     if not config.alibi:
         return []

@@ -5,12 +5,10 @@ Needs nothing of its own: `padfree_patch.seams.rotary` gives every sequence the 
 Read against models/phi3/modeling_phi3.py of transformers 4.41.2, 4.43.4, 4.47.1, 4.57.6 and 5.23.0.
 """
 
-from typing import Any
-
 from padfree_patch import Patch
 
 
-def _two_ropes(kind: str) -> dict[str, Any]:
+def _two_ropes(kind: str) -> dict[str, object]:
     """Makes a config that rotates examples of more than eight tokens by other factors; every kind is longrope now."""
     factors = {"short_factor": [1.0, 1.0, 1.5, 2.0], "long_factor": [1.0, 2.0, 3.0, 4.0]}
     return {"rope_scaling": {"type": kind, **factors}, "original_max_position_embeddings": 8}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,6 +97,29 @@ def test_median_function_of_the_package_has_under_ten_lines():
     lengths = [node.end_lineno - node.lineno + 1 for node in nodes if isinstance(node, ast.FunctionDef)]
     assert len(lengths) > 300
     assert statistics.median(lengths) < 10
+
+
+LINES_PER_ANY = 80
+
+
+def any_count(text: str) -> int:
+    """Returns how often `Any` stands in a file, its import counted too."""
+    return len(re.findall(r"\bAny\b", text))
+
+
+def test_any_is_rare_in_the_package():
+    """At most one in eighty lines: each `Any` is a line that mypy does not check, and new code copies what it sees.
+
+    `padfree_patch/upstream.py` has names for what is truly open.
+    """
+    texts = [path.read_text() for folder in PACKAGE for path in (ROOT / folder).rglob("*.py")]
+    lines, found = sum(len(text.splitlines()) for text in texts), sum(map(any_count, texts))
+    assert lines > 10_000
+    assert found * LINES_PER_ANY <= lines, f"{found} times Any in {lines} lines; give real types, see upstream.py"
+
+
+def test_any_is_counted_as_a_word():
+    assert any_count("from typing import Any\n\ndef any(value: Any) -> dict[str, Any]: ...  # Anything, AnyStr") == 3
 
 
 def parsed(path: Path) -> ast.AST:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PadfreeError
 from ..seams.kinds import Found
+from ..upstream import Arguments, Function
 from ..wrapping.call import Call
 from ..wrapping.seam import Seam
 from .measured import EMBEDDINGS, OF_THE_ROW, TOKENS, Builder
@@ -70,7 +70,7 @@ def _has(file: str, name: str) -> bool:
     return callable(vars(sys.modules[file]).get(name))
 
 
-def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def concerns(args: tuple[object, ...], kwargs: Arguments) -> bool:
     return find_noted((*args, *kwargs.values())) is not None
 
 
@@ -102,7 +102,7 @@ def _is_absent(name: str, value: object) -> bool:
     return name == "block_sequence_ids" and isinstance(value, Tensor) and bool((value == -1).all())
 
 
-def _recipes_of(original: Any, arguments: dict[str, Any], dtype: torch.dtype) -> list[Recipe]:
+def _recipes_of(original: Function, arguments: Arguments, dtype: torch.dtype) -> list[Recipe]:
     """Returns the recipe of each mask that a builder makes: one, or several in a tuple."""
     kept = {name: None if isinstance(value, Tensor) else value for name, value in arguments.items()}
     owner = kept.get("self")

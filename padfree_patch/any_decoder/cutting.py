@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,10 @@ from ..batch.packed_batch import PackedBatch
 from ..batch.sequences import PackedSequences
 from ..errors import PadfreeError
 from ..seams.under_way import under_way
+from ..upstream import Arguments
 from .noted_mask import is_noted, number_of, recipes
+
+Result = TypeVar("Result")
 
 
 class _Place(NamedTuple):
@@ -65,9 +68,9 @@ class Cutter:
         self._places = list(_places(batch.sequences, self._tokens))
         self._device, self._module, self._dims = batch.position_ids.device, module, token_dims or {}
         self._who, self._scores = type(module).__name__, scores
-        self._masks: dict[Hashable, Any] = {} if under_way.masks is None else under_way.masks
+        self._masks: dict[Hashable, object] = {} if under_way.masks is None else under_way.masks
 
-    def run(self, arguments: dict[str, Any], run: Callable[[dict[str, Any]], Any]) -> list[Any]:
+    def run(self, arguments: Arguments, run: Callable[[Arguments], Result]) -> list[Result]:
         """Runs something on each sequence's part of the arguments."""
         counts = {name: value - self._tokens for name, value in arguments.items() if self._is_count(name, value)}
         results = []
@@ -88,7 +91,7 @@ class Cutter:
         last = "position" in name and value == self._tokens - 1
         return last or (value == self._tokens and any(part in name for part in ("seq", "len", "position")))
 
-    def _cut(self, value: Any, place: _Place, known: int | None) -> Any:
+    def _cut(self, value: object, place: _Place, known: int | None) -> object:
         """Returns what belongs to one sequence."""
         length = place.length
         if isinstance(value, (tuple, torch.Size)) and len(value) > 1 and all(type(each) is int for each in value):
@@ -122,7 +125,7 @@ class Cutter:
             return value
         return value.narrow(dims[-1] if value.dim() == 3 and token_dim == 2 else dims[0], row, 1)
 
-    def _mask(self, number: int, length: int) -> Any:
+    def _mask(self, number: int, length: int) -> object:
         key = number, length, self._device
         if key not in self._masks:
             self._masks[key] = recipes[number].build(length, self._device)
@@ -142,7 +145,7 @@ class Cutter:
             "could be more than one of its dimensions; pack rows of another length"
         )
 
-    def join(self, results: Sequence[Any]) -> Any:
+    def join(self, results: Sequence[Any]) -> object:
         """Joins what each sequence gave along its tokens, as (B, T, ...).
 
         Attention weights and states, beside a result, become None: nobody asked for those of a packed row.
@@ -162,7 +165,7 @@ class Cutter:
             return type(first)(self._beside(each) for each in zip(*results))
         return first
 
-    def _beside(self, results: Sequence[Any]) -> Any:
+    def _beside(self, results: Sequence[Any]) -> object:
         if isinstance(results[0], Tensor) and results[0].dim() > 1:
             weights = all(each.dim() == 4 and each.shape[2:] == (n, n) for each, n in zip(results, self._lengths))
             return None if weights else self._joined(results)
@@ -199,7 +202,7 @@ def _sizes_of(module: nn.Module) -> set[object]:
     return {size for each in module.parameters() for size in each.shape}.union(said, own)
 
 
-def _inside(value: Any, change: Callable[[Any], Any]) -> Any:
+def _inside(value: object, change: Callable[[object], object]) -> object:
     """Returns a container with each of its values changed; None for what is no plain container."""
     if isinstance(value, dict):
         return {name: change(each) for name, each in value.items()}

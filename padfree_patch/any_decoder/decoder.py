@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from .. import verification
@@ -33,7 +31,7 @@ def check_decoder(model: nn.Module) -> None:
 
 def check_reads_one_text(model: nn.Module) -> None:
     """Raises PadfreeError for an encoder-decoder. Runs nothing."""
-    outermost: Any = pretrained_modules(model)[0]
+    outermost = pretrained_modules(model)[0]
     if getattr(outermost.config, "is_encoder_decoder", False):
         raise PadfreeError(
             f"{_described(model)} is an encoder-decoder (is_encoder_decoder of its config is True): its decoder reads "
@@ -42,5 +40,5 @@ def check_reads_one_text(model: nn.Module) -> None:
 
 
 def _described(model: nn.Module) -> str:
-    outermost: Any = pretrained_modules(model)[0]
+    outermost = pretrained_modules(model)[0]
     return f"{type(outermost).__name__} (model type {outermost.config.model_type!r})"

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from ..errors import PadfreeError
+from ..upstream import Arguments
 from .way import parameter_names
 
 _OTHER_INPUTS = ("pixel", "image", "video", "audio", "vision", "features")
 """In the names of arguments that are no text."""
 
 
-def check_other_inputs(model: nn.Module, arguments: dict[str, Any]) -> None:
+def check_other_inputs(model: nn.Module, arguments: Arguments) -> None:
     """Raises PadfreeError for a packed row with images in a model where these do more than take a token's place."""
     given = [
         name

@@ -8,7 +8,6 @@ upstream's own function runs on each sequence.
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from ..seams.interface import EAGER, SINKS, SPECIAL, mapping_seams, namespace_of
 from ..seams.kernel import PackedKernel
 from ..seams.kinds import Found
 from ..seams.stand_in import Recipe as Window
+from ..upstream import Arguments, Function
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import Seam, original_of
@@ -46,7 +46,7 @@ def find(model: nn.Module, way: Way) -> Found:
     return Found(frozenset(seams), way.fast)
 
 
-def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def concerns(args: tuple[object, ...], kwargs: Arguments) -> bool:
     return is_noted(args[4] if len(args) > 4 else kwargs.get("attention_mask"))
 
 
@@ -65,7 +65,7 @@ def answer(call: Call) -> tuple[Tensor, None]:
     cutter = Cutter(batch, module, dict.fromkeys(call.names[1:4], 2), scores=True)
     arguments = {name: value for name, value in call.arguments.items() if value is not module}
 
-    def run(cut: dict[str, Any]) -> Tensor:
+    def run(cut: Arguments) -> Tensor:
         if cut[call.names[4]] is None and cut.get("is_causal") is False:
             cut = {**cut, "is_causal": None}  # the layer saw a stand-in: alone it has no mask, and leaves it to this
         output: Tensor = call.changed(**cut).proceed()[0]
@@ -103,7 +103,7 @@ def _backend_takes_sinks(module: nn.Module, q: Tensor) -> bool:
     return attention.find(needs, opt_in.backend if opt_in else "auto") is not None
 
 
-def _is_llamas(function: Any) -> bool:
+def _is_llamas(function: Function) -> bool:
     """Whether an eager attention function does what Llama's does, instruction by instruction."""
     from transformers.models.llama import modeling_llama
 
@@ -111,7 +111,7 @@ def _is_llamas(function: Any) -> bool:
     return (mine.co_code, mine.co_names, mine.co_consts) == (llamas.co_code, llamas.co_names, llamas.co_consts)
 
 
-def _innermost(function: Any) -> Any:
+def _innermost(function: Function) -> Function:
     while (original := original_of(function)) is not function:
         function = original
     return function

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import copy
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..upstream import Arguments, Function
 from .noted_mask import CALLERS_OWN, Recipe
 from .readings import ReadConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 EMBEDDINGS = ("inputs_embeds", "input_embeds", "input_tensor")
 """What builders call the tokens, whose shape and dtype they look at."""
@@ -34,7 +39,7 @@ OF_THE_ROW = (
 TOKENS, _SMALL, _LARGE = 8, 4, 64
 
 
-def config_of(arguments: dict[str, Any]) -> Any:
+def config_of(arguments: Arguments) -> PretrainedConfig | None:
     """Returns the config that a builder is given, or that of the module whose method it is."""
     return arguments.get("config", getattr(arguments.get("self"), "config", None))
 
@@ -42,7 +47,7 @@ def config_of(arguments: dict[str, Any]) -> Any:
 class Builder:
     """One way in which a model calls a builder."""
 
-    def __init__(self, original: Any, arguments: dict[str, Any], dtype: torch.dtype, reads_mask: bool):
+    def __init__(self, original: Function, arguments: Arguments, dtype: torch.dtype, reads_mask: bool):
         """Takes the builder, its arguments without tensors, the tokens' dtype, and if it wants the caller's mask."""
         self._original, self._arguments = original, arguments
         self._dtype, self._reads_mask = dtype, reads_mask
@@ -54,7 +59,7 @@ class Builder:
     def recipe(self, place: int | None = None) -> Recipe:
         """Returns the recipe of the only mask that the builder makes, or of one of several."""
 
-        def build(length: int, device: torch.device, **instead: int) -> Any:
+        def build(length: int, device: torch.device, **instead: int) -> object:
             made = self.build(length, device, **instead)
             return made if place is None else made[place]
 
@@ -82,14 +87,15 @@ class Builder:
         return mask if made is None and "recurrent" in self._original.__name__ else made
 
     @staticmethod
-    def _exchange_config(given: dict[str, Any], config: ReadConfig) -> None:
+    def _exchange_config(given: Arguments, config: ReadConfig) -> None:
         if "config" in given:
             given["config"] = config
         else:
-            given["self"] = copy.copy(given["self"])
-            vars(given["self"])["config"] = config
+            owner: nn.Module = copy.copy(given["self"])
+            vars(owner)["config"] = config
+            given["self"] = owner
 
-    def _measured(self, build: Any) -> tuple[str, int]:
+    def _measured(self, build: Callable[..., object]) -> tuple[str, int]:
         """Returns the kind and size of a mask, as one of eight tokens looks with small numbers."""
         given = {name: value for name, value in self._arguments.items() if name not in OF_THE_ROW}
         sizes = {name: value for name, value in given.items() if type(value) is int and value > 0}
@@ -106,11 +112,12 @@ class Builder:
         causal = _distances() >= 0
         if keep is None or torch.equal(keep, causal):
             return "causal", 0
-        ways: dict[str, Any] = {name: looks(**{**dict.fromkeys(sizes, _LARGE), name: _SMALL}) for name in sizes}
-        deciding = [name for name, shown in ways.items() if shown is not None and not torch.equal(shown, causal)]
-        if len(deciding) != 1 or not torch.equal(keep, ways[deciding[0]]):
+        ways = {name: looks(**{**dict.fromkeys(sizes, _LARGE), name: _SMALL}) for name in sizes}
+        deciding = {n: shown for n, shown in ways.items() if shown is not None and not torch.equal(shown, causal)}
+        if len(deciding) != 1 or not torch.equal(keep, *deciding.values()):
             return "other", 0
-        size, seen = sizes[deciding[0]], int(keep[:, 0].sum())
+        (name,) = deciding
+        size, seen = sizes[name], int(keep[:, 0].sum())
         if torch.equal(keep, causal & (_distances() < seen)):
             return "window", size + seen - _SMALL
         chunk = torch.arange(TOKENS) // _SMALL

@@ -6,8 +6,6 @@ position embeddings that count by themselves, are told by the model's forward, w
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +14,7 @@ from ..errors import PadfreeError
 from ..seams.answers import note_answer
 from ..seams.kinds import Found
 from ..seams.under_way import nothing_running, under_way
+from ..upstream import Arguments
 from ..verification.untouched import states_put_back
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
@@ -34,11 +33,11 @@ def find(model: nn.Module, way: Way) -> Found:
     return Found(frozenset(seams), modules)
 
 
-def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def concerns(args: tuple[object, ...], kwargs: Arguments) -> bool:
     return find_noted((*args, *kwargs.values())) is not None and OptIn.of(args[0]) is not None
 
 
-def concerns_named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def concerns_named(args: tuple[object, ...], kwargs: Arguments) -> bool:
     if OptIn.of(args[0]) is None:
         return False
     if under_way.batch is not None or find_noted((*args, *kwargs.values())) is not None:
@@ -48,13 +47,13 @@ def concerns_named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 @torch.compiler.disable
-def answer(call: Call) -> Any:
+def answer(call: Call) -> object:
     """Answers the forward of a module that is handed the stand-in for the mask."""
     return _on_each(call, _batch_in(call))
 
 
 @torch.compiler.disable
-def answer_named(call: Call) -> Any:
+def answer_named(call: Call) -> object:
     """Answers the forward of a module that `verify` named; without a mask, it counts its positions by itself."""
     batch = under_way.batch or _batch_in(call)
     positions = call.arguments.get("position_ids")
@@ -63,7 +62,7 @@ def answer_named(call: Call) -> Any:
     return _on_each(call, batch)
 
 
-def _check_not_run_again(module: nn.Module) -> None:
+def _check_not_run_again(module: object) -> None:
     """Raises PadfreeError if a module is run again in a backward after a packed call: nothing tells it the batch."""
     opt_in = OptIn.of(module)
     if opt_in is not None and opt_in.answered and torch._C._current_graph_task_id() != -1:
@@ -81,7 +80,7 @@ def _batch_in(call: Call) -> PackedBatch:
     return batch_of(mask, next((each.device for each in tensors), mask.device))
 
 
-def _on_each(call: Call, batch: PackedBatch) -> Any:
+def _on_each(call: Call, batch: PackedBatch) -> object:
     module, cutter = call.module, Cutter(batch, call.module)
     arguments = {name: value for name, value in call.arguments.items() if value is not module}
     with nothing_running():
@@ -92,7 +91,7 @@ def _on_each(call: Call, batch: PackedBatch) -> Any:
     return cutter.join(results)
 
 
-def _alone(call: Call, cut: dict[str, Any]) -> Any:
+def _alone(call: Call, cut: Arguments) -> object:
     """Runs upstream's forward on one sequence, which leaves no state behind for the next one."""
     with states_put_back(call.module):
         return call.changed(**cut).proceed()

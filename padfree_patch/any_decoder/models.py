@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +23,7 @@ from ..seams.model_call import enter, proceed, seams_of, take_batch, tokens_of
 from ..seams.noise import embed_each_alone
 from ..seams.pooled import pool, pools
 from ..seams.under_way import running, sharing_masks
+from ..upstream import Arguments
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
 from .images import check_other_inputs
@@ -41,15 +41,15 @@ def find(model: nn.Module, way: Way) -> Found:
     return Found(frozenset(seams), way.models)
 
 
-def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def concerns(args: tuple[object, ...], kwargs: Arguments) -> bool:
     return concerns_model(args, kwargs) and (find_noted(kwargs.values()) is None or is_awaited(args[0]))
 
 
-def answer(call: Call) -> Any:
+def answer(call: Call) -> object:
     return call.proceed() if is_waiting(call.module) else serve(call, _answer)
 
 
-def _answer(call: Call) -> Any:
+def _answer(call: Call) -> object:
     if find_noted(call.arguments.values()) is not None:
         return call.proceed()
     batch = _prepare(call)
@@ -76,7 +76,7 @@ def _several_rows_served(module: nn.Module, batch: PackedBatch) -> Iterator[None
         ) from error
 
 
-def enter_model(call: Call) -> Any:
+def enter_model(call: Call) -> object:
     return serve(call, lambda call: enter(call, answer))
 
 

@@ -11,19 +11,19 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..batch.packed_batch import PackedBatch, batch_at_layer
+from ..upstream import Arguments, Function
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recipe:
     """What a sequence of a given length is handed as its mask when it is run alone."""
 
-    build: Callable[[int, torch.device], Any]
+    build: Callable[[int, torch.device], object]
     """Makes the mask of so many tokens; None where upstream makes none."""
     kind: str = "other"
     """What the mask shows: "causal", "window", "chunk", or "other"."""
@@ -76,7 +76,9 @@ class NotedMask(Tensor):
     """Stays a stand-in through what decoders do to a mask."""
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls, func: Function, types: object, args: tuple[object, ...] = (), kwargs: Arguments | None = None
+    ) -> object:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "detach":
@@ -109,7 +111,7 @@ _TOKENS = "tokens"
 """Stands for a size that is the number of tokens of whatever sequence a mask is made for."""
 
 
-def _of_any_size(name: str, args: tuple[Any, ...], mask: Tensor) -> tuple[Any, ...]:
+def _of_any_size(name: str, args: tuple[object, ...], mask: Tensor) -> tuple[object, ...]:
     """Returns the arguments of a call as for one sequence: a shape is that of all rows, `view(batch_size, -1)`."""
     if name not in _SHAPES:
         return args
@@ -118,11 +120,11 @@ def _of_any_size(name: str, args: tuple[Any, ...], mask: Tensor) -> tuple[Any, .
     return args[0], (1 if first == rows else first, *(_TOKENS if each == tokens else each for each in others))
 
 
-def _sized(value: Any, length: int) -> Any:
+def _sized(value: object, length: int) -> object:
     return tuple(length if each is _TOKENS else each for each in value) if isinstance(value, tuple) else value
 
 
-def _noted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _noted(func: Function, args: tuple[object, ...], kwargs: Arguments) -> Tensor:
     mask = next(each for each in args if isinstance(each, NotedMask))
     number, args = number_of(mask), _of_any_size(func.__name__, args, mask)
     if func.__name__ == "__getitem__":
@@ -132,7 +134,7 @@ def _noted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     def make() -> list[Recipe]:
         before = recipes[number]
 
-        def build(length: int, device: torch.device) -> Any:
+        def build(length: int, device: torch.device) -> object:
             made = before.build(length, device)
             return (
                 None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _PLAIN = (bool, int, float, str, torch.dtype)
 
@@ -13,11 +17,16 @@ _PLAIN = (bool, int, float, str, torch.dtype)
 class ReadConfig:
     """Stands for a config, notes the numbers that are read of it, and answers some of them otherwise."""
 
-    def __init__(self, config: Any, instead: dict[str, int], numbers: dict[str, int], unclear: set[str]):
+    _config: PretrainedConfig
+    _instead: dict[str, int]
+    _numbers: dict[str, int]
+    _unclear: set[str]
+
+    def __init__(self, config: PretrainedConfig, instead: dict[str, int], numbers: dict[str, int], unclear: set[str]):
         """Takes the config, other values for its numbers, and where to note numbers, and values that hold some."""
         vars(self).update(_config=config, _instead=instead, _numbers=numbers, _unclear=unclear)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         value = getattr(self._config, name)
         if name == "get_text_config":
             return lambda *args, **kwargs: self._same(value(*args, **kwargs))
@@ -30,7 +39,7 @@ class ReadConfig:
             self._unclear.add(name)
         return value
 
-    def _same(self, config: Any) -> ReadConfig:
+    def _same(self, config: PretrainedConfig) -> ReadConfig:
         return ReadConfig(config, self._instead, self._numbers, self._unclear)
 
 
@@ -39,7 +48,7 @@ def _holds_numbers(value: object) -> bool:
     return any(type(each) is int or _holds_numbers(each) for each in values)
 
 
-def facts_of(values: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+def facts_of(values: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
     """Returns plain values by name, those of configs and modules inside them too, to tell two sets of values apart."""
     found = []
     for name, value in values.items():

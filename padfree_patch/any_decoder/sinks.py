@@ -6,14 +6,14 @@ with attention written out. Whether it caps or clamps scores, only large ones sh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from ..attention.sinks import softmax_with_sinks
 from ..seams.interface import SINKS
+from ..upstream import Arguments
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
 from .readings import without_weights
@@ -23,7 +23,7 @@ _SIZES_OF_SCORES = (0.0, 100.0)
 """What is added to all scores: a softcap shows in large ones only, a sink beside small ones only."""
 
 
-def sinks_in(arguments: Mapping[str, Any]) -> Tensor | None:
+def sinks_in(arguments: Arguments) -> Tensor | None:
     """Returns the sinks among the arguments of an attention function, or None."""
     return next((arguments[each] for each in SINKS if arguments.get(each) is not None), None)
 

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..errors import PadfreeError
 
-Values = np.ndarray[Any, np.dtype[Any]]
+Values = npt.NDArray[Any]
 """int64, or float64 where the tensor held floating-point numbers."""
 
 

@@ -111,7 +111,7 @@ def check_no_mask_beside_prompts(lengths: Lengths, attention_mask: object) -> No
 def _first_form(
     lengths: Lengths,
     seq_idx: Tensor | None,
-    maxima: Mapping[str, Any],
+    maxima: Lengths,
     shape: tuple[int, int],
     device: torch.device,
 ) -> tuple[str, PackedSequences]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from ..errors import PadfreeError
@@ -46,7 +44,7 @@ class RowOfPadded(PackedSequences):
         values = values.expand(self._shape[0], *values.shape[1:])
         return values.flatten(0, 1).index_select(0, self._indices)[None]
 
-    def pad(self, result: Any) -> Any:
+    def pad(self, result: object) -> object:
         """Puts every tensor of a result, inside tuples and dicts too, where its tokens stood; zeros are the padding.
 
         A tensor is (1, tokens, ...), or (tokens, ...) as router logits are, or one value of all.

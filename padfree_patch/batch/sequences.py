@@ -161,7 +161,7 @@ class PackedSequences:
         prompts = f", {len(self) - len(self.examples)} of them shared prompts" if self.prefixes else ""
         return f"PackedSequences({len(self)} sequences{prompts}, {self.total} tokens, longest {self.max_seqlen})"
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return PackedSequences, (self._cu_seqlens, self._max_seqlen, self._total, *self._on_host())
 
     def _on_host(self) -> tuple[tuple[int, ...] | None, int, Prefixes | None]:

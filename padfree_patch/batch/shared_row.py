@@ -6,7 +6,7 @@ model with `**kwargs` would drop `packed_sequences` and train on that, silently.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -21,7 +21,13 @@ class SharedRow(Tensor):
     """Token ids (1, T), like any others except that embedding them is an error; `plain` gives those that can be."""
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         if func in _EMBEDDINGS:
             raise PadfreeError(
                 "the examples of this row share prompts, which only a model that is patched by padfree_patch.apply "

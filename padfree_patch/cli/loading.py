@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import PadfreeError
 from ..foreign import check_there, explained
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-def load(model: str, tiny: bool, attn: str | None) -> Any:
+
+def load(model: str, tiny: bool, attn: str | None) -> PreTrainedModel:
     """Loads a model of the class that it was saved from, or builds a tiny random one of a type that has a patch.
 
     Args:
@@ -21,7 +24,7 @@ def load(model: str, tiny: bool, attn: str | None) -> Any:
     return _tiny(model, attn) if tiny else _saved(model, attn)
 
 
-def _tiny(model_type: str, attn: str | None) -> Any:
+def _tiny(model_type: str, attn: str | None) -> PreTrainedModel:
     from .. import versions
     from ..registry import registry
     from ..testing import tiny_model
@@ -34,7 +37,7 @@ def _tiny(model_type: str, attn: str | None) -> Any:
         return tiny_model(patch, attn)
 
 
-def _saved(model: str, attn: str | None) -> Any:
+def _saved(model: str, attn: str | None) -> PreTrainedModel:
     what = f"no model can be loaded from {model!r}" + (f" for --attn {attn}" if attn else "")
     check_there(model, what)
     from ..models import saved_class
@@ -47,7 +50,7 @@ def _saved(model: str, attn: str | None) -> Any:
         return cls.from_pretrained(model, **_implementation(attn))
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a folder or a name on the hub.
 
     Raises PadfreeError, of one line, if that fails.
@@ -60,7 +63,7 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
 
 
-def _config(model: str) -> Any:
+def _config(model: str) -> PretrainedConfig | None:
     """Returns the config of a folder or name; None for adapters of PEFT, whose base model the auto classes load."""
     import transformers
 

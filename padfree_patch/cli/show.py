@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,6 +17,7 @@ from .output import json_option, print_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from transformers import PreTrainedModel
 
     from ..verification import Sight
 
@@ -73,7 +74,7 @@ def show(
 _LETTERS = "A row is a token, x is one that it sees, ! one of another example that it sees."
 
 
-def _looked_at(model: Any) -> tuple[str, dict[str, Sight]]:
+def _looked_at(model: PreTrainedModel) -> tuple[str, dict[str, Sight]]:
     """Measures a model as it is, in the two ways of calling that upstream serves differently, and patched."""
     from .. import versions
     from ..models import implementation_of
@@ -102,7 +103,7 @@ def _drawn_lengths(
     chosen = random.Random(0).sample(texts, batch_size)
     if tokenizer is None:
         counted = "a tokenizer trained on the file"
-        loaded: Any = train_tokenizer(texts[:2000], vocab_size=8192)
+        loaded = train_tokenizer(texts[:2000], vocab_size=8192)
     else:
         counted, loaded = tokenizer, load_tokenizer(tokenizer)
     with explained(f"the tokenizer in {tokenizer!r} fails on the texts of {data}"):

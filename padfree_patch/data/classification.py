@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import PadfreeError
-from .fields import Feature, field_names, list_of_examples
+from .fields import Batch, Feature, field_names, list_of_examples
 from .flattening import DataCollatorWithFlattening, FlatteningOptions
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class DataCollatorForSequenceClassification:
         options["example_fields"] = [*options.get("example_fields", ()), LABELS[0]]
         self._flatten = DataCollatorWithFlattening(**options)
 
-    def __call__(self, features: Iterable[Feature]) -> dict[str, Any]:
+    def __call__(self, features: Iterable[Feature]) -> Batch:
         """Collates examples.
 
         Args:

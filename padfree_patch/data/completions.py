@@ -13,6 +13,7 @@ from ..batch.labels import IGNORED_LABEL
 from ..errors import PadfreeError
 from .fields import (
     READ,
+    Batch,
     Feature,
     LeftOut,
     Mask,
@@ -102,7 +103,7 @@ class DataCollatorForCompletionOnlyLM:
         self.pad_to_multiple_of = self._flatten.pad_to_multiple_of
         self._left_out = LeftOut("choose padding_free=True with token_fields= or example_fields=, or remove the column")
 
-    def __call__(self, features: Iterable[Example], return_tensors: str | None = None) -> dict[str, Any]:
+    def __call__(self, features: Iterable[Example], return_tensors: str | None = None) -> Batch:
         """Collates examples with `input_ids`; `labels` that they may have are not read, TRL's label masks are.
 
         One that holds several examples itself (`seq_lengths`, or `position_ids` that restart) needs a template in each,
@@ -120,11 +121,11 @@ class DataCollatorForCompletionOnlyLM:
         kind = return_tensors or self.return_tensors
         return self.torch_call(features) if kind == "pt" else self._collate(features, kind)
 
-    def torch_call(self, examples: Iterable[Example]) -> dict[str, Any]:
+    def torch_call(self, examples: Iterable[Example]) -> Batch:
         """Collates examples into tensors; `__call__` comes here."""
         return self._collate(examples, "pt")
 
-    def _collate(self, features: Iterable[Example], kind: str) -> dict[str, Any]:
+    def _collate(self, features: Iterable[Example], kind: str) -> Batch:
         examples = list_of_examples(features, token_lists=True)
         if not examples:
             raise PadfreeError("no examples to collate")
@@ -192,7 +193,7 @@ class DataCollatorForCompletionOnlyLM:
             raise PadfreeError(f"{name} is empty")
         return ids
 
-    def _pad(self, examples: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
+    def _pad(self, examples: Sequence[Mapping[str, Any]], kind: str) -> Batch:
         pad_token_id = getattr(self.tokenizer, "pad_token_id", None)
         if pad_token_id is None:
             raise PadfreeError("padding needs a tokenizer with a pad_token_id; or choose padding_free=True")
@@ -208,7 +209,7 @@ class DataCollatorForCompletionOnlyLM:
         return as_tensors(batch, kind)
 
 
-def _in_trls_form(batch: dict[str, Any], kind: str) -> dict[str, Any]:
+def _in_trls_form(batch: Batch, kind: str) -> Batch:
     """Returns a flattened batch with its lengths as TRL's collator has them: each with a batch dimension of 1."""
     longest = as_tensors({"longest": np.array([batch["max_length_q"]], dtype=np.int64)}, kind)["longest"]
     in_rows = {name: batch[name][None] for name in ("cu_seq_lens_q", "cu_seq_lens_k")}

@@ -14,6 +14,9 @@ from ..arguments import Integers, has_truth_values
 from ..errors import PadfreeError
 from .boundary_columns import BOUNDARY_FIELDS, KEPT
 
+Batch = dict[str, Any]
+"""What a collator makes, by the names of a model's arguments: tensors or numpy arrays, and sequences of ours."""
+
 Feature = Mapping[str, object]
 """An example of a data set: its fields by name."""
 
@@ -169,7 +172,7 @@ def check_example(feature: Feature, tokens: Integers, labels: Integers, place: s
         raise PadfreeError(f"{place} is padded by {padding} tokens; tokenise with padding=False")
 
 
-def join_row(parts: Sequence[npt.NDArray[Any]], padding: int, value: int) -> Numbers:
+def join_row(parts: Sequence[Numbers], padding: int, value: int) -> Numbers:
     """Joins arrays (T,) into one row (1, T), and adds `padding` times the value."""
     return np.pad(np.concatenate(parts), (0, padding), constant_values=value)[None]
 
@@ -232,7 +235,7 @@ def _described(value: object, array: Numbers) -> str:
     return f"{dtype} {array.shape}"
 
 
-def as_tensors(batch: Mapping[str, object], kind: str) -> dict[str, Any]:
+def as_tensors(batch: Mapping[str, object], kind: str) -> Batch:
     """Returns the batch with its arrays as they are ("np") or as tensors ("pt")."""
     if not isinstance(kind, str) or kind not in ("pt", "np"):
         raise PadfreeError(f"return_tensors={kind!r}; choose 'pt' or 'np'")

@@ -7,7 +7,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ..batch.shared_row import SharedRow
 from ..errors import PadfreeError
 from .fields import (
     READ,
+    Batch,
     Feature,
     LeftOut,
     Numbers,
@@ -148,7 +149,7 @@ class DataCollatorWithFlattening:
         features: Iterable[Feature],
         return_tensors: str | None = None,
         separator_id: int | None = None,
-    ) -> dict[str, Any]:
+    ) -> Batch:
         """Flattens examples.
 
         Args:
@@ -183,7 +184,7 @@ class DataCollatorWithFlattening:
             **{name: _joined_field(features, name, tokens, layout, padding) for name in self.token_fields},
             **{name: stack_field(features, name) for name in self.example_fields},
         }
-        batch: dict[str, Any] = as_tensors(fields, kind)
+        batch = as_tensors(fields, kind)
         if self.return_flash_attn_kwargs or self.share_prefixes or padding:  # of which nothing else tells
             batch["packed_sequences"] = sequences
         if self.return_flash_attn_kwargs or self.share_prefixes:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import datasets
 
 from ..errors import PadfreeError
@@ -16,13 +14,13 @@ class PackedDataset(datasets.Dataset):  # type: ignore[misc, unused-ignore]
     tokens: str
     """The column that holds the tokens."""
 
-    def remove_columns(self, *args: Any, **kwargs: Any) -> datasets.Dataset:
+    def remove_columns(self, *args: object, **kwargs: object) -> datasets.Dataset:
         return self._with_boundaries(super().remove_columns(*args, **kwargs))
 
-    def select_columns(self, *args: Any, **kwargs: Any) -> datasets.Dataset:
+    def select_columns(self, *args: object, **kwargs: object) -> datasets.Dataset:
         return self._with_boundaries(super().select_columns(*args, **kwargs))
 
-    def select(self, *args: Any, **kwargs: Any) -> datasets.Dataset:
+    def select(self, *args: object, **kwargs: object) -> datasets.Dataset:
         """Gives packed rows again, and so do shuffle, sort, shard and train_test_split, which call this."""
         return as_packed(super().select(*args, **kwargs), self.tokens)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from ..arguments import Integers, names, number_of_64_bits
 from ..batch.labels import IGNORED_LABEL
 from ..errors import PadfreeError
 from .fields import (
+    Batch,
     Feature,
     LeftOut,
     as_tensors,
@@ -43,7 +44,7 @@ _COLUMNS_OF_ROWS = {
 """What TRL's DPOTrainer and RewardTrainer read of a batch, from 0.9 to 1.16."""
 
 
-class PairsInOneRow(dict[str, Any]):
+class PairsInOneRow(Batch):
     """A batch of pairs. Asked for a row per answer, as TRL's DPOTrainer asks, it says what to do instead."""
 
     def __missing__(self, name: str) -> object:
@@ -105,7 +106,7 @@ class DataCollatorForPreference:
         options: RowOptions = {"return_flash_attn_kwargs": True, **flattening}
         self._flatten = DataCollatorWithFlattening(separator_id=ignore_index, share_prefixes=share_prompts, **options)
 
-    def __call__(self, features: Iterable[Feature]) -> dict[str, Any]:
+    def __call__(self, features: Iterable[Feature]) -> Batch:
         """Collates pairs.
 
         Args:

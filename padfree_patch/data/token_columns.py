@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -99,7 +99,7 @@ def _token_column(column: pa.ChunkedArray, rows: Integers | None) -> TokenColumn
     return TokenColumn(values, chunk, start, length)
 
 
-def _is_list_of_numbers(kind: Any) -> bool:
+def _is_list_of_numbers(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
     list_kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)

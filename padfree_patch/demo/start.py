@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import PadfreeError
 from ..models import saved_class
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 VOCABULARY = 2048
 
@@ -35,7 +35,7 @@ def make_small_llama(folder: Path, tokenizer: PreTrainedTokenizerBase, *, seed: 
     tokenizer.save_pretrained(folder)
 
 
-def load_config(name: str | os.PathLike[str], *, layers: int | None) -> Any:
+def load_config(name: str | os.PathLike[str], *, layers: int | None) -> PretrainedConfig:
     """Loads the config of a model, cut to its first `layers` layers, and without dropout, which would differ per run.
 
     Raises PadfreeError if the model has fewer layers.

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -127,7 +126,7 @@ def accepts(function: Callable[..., object], parameter: str) -> bool:
 class RecordingTrainer(transformers.Trainer):
     """A Trainer over given batches that keeps every step's loss unrounded (its own log rounds to 4 digits)."""
 
-    def __init__(self, *, batches: DataLoader[Example], report: Report, **options: Any) -> None:
+    def __init__(self, *, batches: DataLoader[Example], report: Report, **options: object) -> None:
         super().__init__(**options, train_dataset=batches.dataset)
         self.batches = batches
         self.losses: list[float] = []
@@ -138,7 +137,7 @@ class RecordingTrainer(transformers.Trainer):
     def get_train_dataloader(self) -> DataLoader[Example]:
         return self.batches
 
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *rest: Any) -> torch.Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *rest: object) -> torch.Tensor:
         loss = super().training_step(model, inputs, *rest)
         self.losses.append(loss.item())
         self.row_tokens.append(inputs["input_ids"].numel())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeGuard
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from .verifying import patch_to_train
 from .watch import watch
 
 
-def arrived(model: object, options: Options) -> bool:
+def arrived(model: object, options: Options) -> TypeGuard[nn.Module]:
     """Patches what a function of transformers has made, if it is a model; returns whether it did. Never raises."""
     return isinstance(model, nn.Module) and is_transformers_model(model) and patched(model, options)
 
@@ -33,7 +33,7 @@ def patched(model: nn.Module, options: Options) -> bool:
 def leave_alone(model: nn.Module, options: Options, reason: Exception) -> None:
     """Takes every patch off a model that can't be patched, says why, and has its training batches watched."""
     restore(model)
-    outermost: Any = pretrained_modules(model)[0]
+    outermost = pretrained_modules(model)[0]
     first, *_ = str(reason).splitlines() or [repr(reason)]
     say(f"{type(outermost).__name__} ({outermost.config.model_type}) is left unpatched: {first}")
     watch(outermost, strict=options.strict, refusal=first)

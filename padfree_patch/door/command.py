@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from ..errors import PadfreeError
@@ -13,9 +11,11 @@ from .start import start
 class _OneLineErrors(click.Command):
     """A command whose wrong options are an error of one line, as all of ours are."""
 
-    def make_context(self, *args: Any, **options: Any) -> click.Context:
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: object
+    ) -> click.Context:
         try:
-            return super().make_context(*args, **options)
+            return super().make_context(info_name, args, parent, **extra)
         except click.UsageError as error:
             raise PadfreeError(f"{self.name}: {error.format_message()}") from error
 

@@ -12,13 +12,14 @@ import threading
 import weakref
 from collections.abc import Callable
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..wrapping.later_imports import when_imported
 from .options import Options
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers.trainer_callback import CallbackHandler
 
 _MAKERS = ("from_pretrained", "_from_config")
 """Class methods of PreTrainedModel of which every way that makes a model of a name or a config ends in one."""
@@ -61,7 +62,7 @@ class Autopatch:
         if not self._removed:
             self._hooks.append(_Hook(module.CallbackHandler, "on_train_begin", self._training_begins))
 
-    def _made(self, call: Callable[[], Any], owner: object) -> Any:
+    def _made(self, call: Callable[[], object], owner: object) -> object:
         """Makes a model; patches it, unless it is made inside of another one."""
         outermost, _under_way.making = not _under_way.making, True
         try:
@@ -73,13 +74,13 @@ class Autopatch:
             self._arrived(result[0] if isinstance(result, tuple) and result else result)
         return result
 
-    def _arrived(self, made: Any) -> None:
+    def _arrived(self, made: object) -> None:
         from .arriving import arrived
 
         if arrived(made, self.options):
             self.note(made)
 
-    def _training_begins(self, call: Callable[[], Any], owner: Any) -> Any:
+    def _training_begins(self, call: Callable[[], object], owner: CallbackHandler) -> object:
         from .training import training_begins
 
         training_begins(owner.model, self)
@@ -100,7 +101,7 @@ class _UnderWay(threading.local):
 
 _under_way = _UnderWay()
 
-_Around = Callable[[Callable[[], Any], Any], Any]
+_Around = Callable[[Callable[[], object], object], object]
 """What runs instead of a function: it is given the call, to be made once, and the object that it is made on."""
 
 
@@ -113,7 +114,7 @@ class _Hook:
         self._own = own = vars(owner)[name]
         of_class = isinstance(own, classmethod)
 
-        def function(given: Any, *args: Any, **kwargs: Any) -> Any:
+        def function(given: object, /, *args: object, **kwargs: object) -> object:
             bound = own.__get__(None, given) if of_class else own.__get__(given)
             call = functools.partial(bound, *args, **kwargs)
             return call() if self._around is None else self._around(call, given)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 from torch import nn
 
@@ -30,7 +29,7 @@ def verify_once(model: nn.Module) -> None:
 
     Raises LeakError if its examples mix, PadfreeError if no way is right or the model can't run a packed row.
     """
-    outermost: Any = pretrained_modules(model)[0]
+    outermost = pretrained_modules(model)[0]
     if _said.get(outermost):
         return
     backends, reason = _measured(model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import Counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from ..batch.shapes import isolates
 from ..errors import PadfreeError
 from ..seams.full_rows import settle
 from ..seams.model_call import tokens_of
+from ..upstream import Arguments
 from ..wrapping.opt_in import OptIn
 from .advice import what_to_switch_on
 from .say import say
@@ -44,7 +44,7 @@ class Watch:
     """Whether there is nothing to look for any more."""
 
     @torch.compiler.disable
-    def __call__(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, decoder: nn.Module, args: tuple[object, ...], kwargs: Arguments) -> None:
         """Looks at a call.
 
         Raises PadfreeError if it is a packed row for a model that was left alone, and `strict` is on.
@@ -88,7 +88,7 @@ class Watch:
         warnings.warn(f"padfree_patch: {text}. Train it on rows of one example", stacklevel=2)
 
 
-def _is_packed(arguments: dict[str, Any], shape: tuple[int, int], device: torch.device) -> bool:
+def _is_packed(arguments: Arguments, shape: tuple[int, int], device: torch.device) -> bool:
     """Whether a call has a packed row. One that contradicts itself has none that an unpatched model would mix."""
     try:
         batch = read_batch(
@@ -108,7 +108,7 @@ def watch(model: nn.Module, *, strict: bool, refusal: str = "") -> None:
 
     The decoder, because PEFT calls the forward of the model around it past its hooks.
     """
-    decoder: Any = getattr(model, "base_model", model)
+    decoder: nn.Module = getattr(model, "base_model", model)
     hooks = decoder._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, Watch)]:
         del hooks[key]
@@ -120,5 +120,5 @@ def watch(model: nn.Module, *, strict: bool, refusal: str = "") -> None:
 
 def is_watched(model: nn.Module) -> bool:
     """Whether a model came through the door before."""
-    decoder: Any = getattr(model, "base_model", model)
+    decoder: nn.Module = getattr(model, "base_model", model)
     return any(isinstance(hook, Watch) for hook in decoder._forward_pre_hooks.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,13 @@ from ..errors import PadfreeError
 from ..models import pretrained_modules
 from ..seams.model_call import CACHE_ARGUMENTS, tokens_of
 from ..seams.under_way import under_way
+from ..upstream import Arguments
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import original_of
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
-
-_Arguments = tuple[tuple[object, ...], dict[str, Any]]
-"""Of a call: by position, and by name."""
 
 _PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
 """Arguments of a decoder that have a value per token, which the row takes along."""
@@ -78,7 +76,9 @@ def _decoder_of(model: nn.Module) -> nn.Module:
 
 
 @torch.compiler.disable
-def _pack(decoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> _Arguments | None:
+def _pack(
+    decoder: nn.Module, args: tuple[object, ...], kwargs: Arguments
+) -> tuple[tuple[object, ...], Arguments] | None:
     call = Call(original_of(type(decoder).forward), (decoder, *args), kwargs)
     given, mask, tokens = call.arguments, call.arguments.get("attention_mask"), tokens_of(call.arguments)
     if OptIn.of(decoder) is None or tokens is None or not isinstance(mask, Tensor) or mask.shape != tokens.shape[:2]:
@@ -94,11 +94,11 @@ _OF_PADDED = ("attention_mask", "cache_position")
 """Arguments that are about the padded batch, and not about the row."""
 
 
-def _asks_for_cache(arguments: dict[str, Any]) -> bool:
+def _asks_for_cache(arguments: Arguments) -> bool:
     return arguments.get("use_cache") is True or any(arguments.get(name) is not None for name in CACHE_ARGUMENTS)
 
 
 @torch.compiler.disable
-def _pad(decoder: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _pad(decoder: nn.Module, args: tuple[object, ...], kwargs: Arguments, output: object) -> object:
     row = kwargs.get("packed_sequences")
     return row.pad(output) if isinstance(row, RowOfPadded) else None

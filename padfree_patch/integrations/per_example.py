@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from ..batch.packed_batch import read_batch
 from ..batch.sequences import PackedSequences
 from ..data.unpacking import unpack
 from ..errors import PadfreeError
+from ..upstream import Arguments
 from .figures import of_all_processes
 
 if TYPE_CHECKING:
@@ -38,8 +38,12 @@ class PerExampleMetrics(Base):
     """
 
     def prediction_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Any, Any, Any]:
+        self,
+        model: torch.nn.Module,
+        inputs: Arguments,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, object, object]:
         """Runs the Trainer's own step; returns its loss, and logits and labels of each example."""
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         sequences = _sequences_of(inputs)
@@ -62,11 +66,11 @@ class PerExampleMetrics(Base):
             )
 
 
-def _as_it_is(values: Any) -> Any:
+def _as_it_is(values: object) -> object:
     return values
 
 
-def _sequences_of(inputs: Mapping[str, Any]) -> PackedSequences | None:
+def _sequences_of(inputs: Arguments) -> PackedSequences | None:
     """Returns the sequences of a packed batch; None if it is ordinary."""
     tokens = inputs.get("input_ids")
     if not isinstance(tokens, Tensor) or tokens.dim() != 2:
@@ -82,7 +86,7 @@ def _sequences_of(inputs: Mapping[str, Any]) -> PackedSequences | None:
     return None if batch is None else batch.sequences
 
 
-def _of_each(values: Any, sequences: PackedSequences, fill: int) -> Any:
+def _of_each(values: object, sequences: PackedSequences, fill: int) -> object:
     """Returns what has a value for each token with a row for each example; anything else as it is."""
     if isinstance(values, tuple):
         return tuple(_of_each(each, sequences, fill) for each in values)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
+
+_WriteLine = Callable[[dict[str, object]], object]
+"""Adds a row to the table that a notebook shows."""
 
 
 def calling_trainer(callback: TrainerCallback) -> Trainer | None:
@@ -37,10 +41,10 @@ def put_first(trainer: Trainer, callback: TrainerCallback) -> None:
 def show_in_notebooks(trainer: Trainer, figures: dict[str, float | str]) -> None:
     """Lets the tables that the Trainer shows in notebooks have `figures`, a dictionary that goes on changing."""
     for each in trainer.callback_handler.callbacks:
-        tracker: Any = getattr(each, "training_tracker", None)  # of a NotebookProgressCallback, while it trains
+        tracker = getattr(each, "training_tracker", None)  # of a NotebookProgressCallback, while it trains
         if tracker is not None and "write_line" not in vars(tracker):
             tracker.write_line = _adding(tracker.write_line, figures)
 
 
-def _adding(write_line: Any, figures: dict[str, float | str]) -> Any:
+def _adding(write_line: _WriteLine, figures: dict[str, float | str]) -> _WriteLine:
     return lambda values: write_line({**values, **figures})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import TrainerCallback
@@ -16,12 +16,10 @@ from ..door.verifying import patch_to_train, verify_once
 from ..errors import PadfreeError
 from ..patching import is_applied
 from ..seams.model_call import tokens_of
+from ..upstream import Arguments
 from .diagnosis import Seen, causes
 from .figures import FIGURES, Counts, check_all_begin, ends_with_padding, of_all_processes, real_tokens
 from .trackers import calling_trainer, put_first, show_in_notebooks
-
-_Arguments = tuple[tuple[object, ...], dict[str, Any]]
-"""Of a call: by position, and by name."""
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -172,7 +170,9 @@ class PaddingFreeCallback(TrainerCallback):
             self._hook.remove()
             self._hook = self._model = None
 
-    def _watch(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> _Arguments | None:
+    def _watch(
+        self, model: nn.Module, args: tuple[object, ...], kwargs: Arguments
+    ) -> tuple[tuple[object, ...], Arguments] | None:
         """Counts a training batch on its way into the model.
 
         Returns, if it is packed, the arguments with a copy of the positions, by which the model finds what was read.

@@ -7,16 +7,20 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..arguments import whole_number
 from ..batch.labels import IGNORED_LABEL
+from ..data.fields import Batch
 from ..data.flattening import DataCollatorWithFlattening
 from ..patching import applied
 from ..registry import found_by_check, patch_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,7 @@ class StepBench:
         return fields | {"speedup": self.speedup, "ceiling_ratio": self.ceiling_ratio}
 
 
-def bench_step(model: Any, *, batch_size: int = 8, steps: int = 5) -> StepBench:
+def bench_step(model: PreTrainedModel, *, batch_size: int = 8, steps: int = 5) -> StepBench:
     """Times steps of a causal language model on random tokens; the model's gradients are dropped.
 
     Raises PadfreeError if there is no example or no step.
@@ -93,7 +97,7 @@ def flan_like_lengths(count: int, generator: torch.Generator, *, longest: int = 
     return tuple(int(n) for n in drawn.clamp(8, longest))
 
 
-def step_batches(examples: list[Tensor], device: torch.device | str = "cpu") -> dict[str, dict[str, Any]]:
+def step_batches(examples: list[Tensor], device: torch.device | str = "cpu") -> dict[str, Batch]:
     """Makes batches of the same examples, int64 (tokens,) each and all trained on, in the ways a step can take them.
 
     padded: to the right, with a mask. packed: by our collator, with lengths. native: one row with position_ids, as
@@ -119,7 +123,7 @@ def _padded_batch(examples: list[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": padded, "attention_mask": mask, "labels": padded.masked_fill(mask == 0, IGNORED_LABEL)}
 
 
-def timed_step(model: Any, batch: Mapping[str, object], *, patched: bool, backend: str = "auto") -> float:
+def timed_step(model: PreTrainedModel, batch: Mapping[str, object], *, patched: bool, backend: str = "auto") -> float:
     """Returns the seconds of one forward and backward in train mode; the gradients are dropped.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,8 +16,12 @@ from ..registry import Patch, found_by_check, patch_for
 from ..seams.kernel import recording_windows
 from ..seams.labelled import logits_of
 from ..seams.rotary import depends_on_length
+from ..upstream import Arguments
 from ..verification import Verification
 from . import applied, is_applied, places, support, way_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Explanation:
     verbose: bool = False
     """Whether `str()` shows all, or five lines."""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Gives all that was found, ready for JSON."""
         found = dataclasses.asdict(self)
         del found["verbose"]
@@ -135,11 +139,11 @@ def explain(model: nn.Module, *, verbose: bool = False) -> Explanation:
 
     Raises nothing for an unsupported model: then `refused` says why.
     """
-    models: list[Any] = pretrained_modules(model) if isinstance(model, nn.Module) else []
+    models = pretrained_modules(model) if isinstance(model, nn.Module) else []
     if not models:
         raise PadfreeError(f"{type(model).__name__} is not a transformers model and holds none")
     config = models[0].config
-    facts: dict[str, Any] = {
+    facts: Arguments = {
         "model": type(models[0]).__name__,
         "model_type": getattr(config, "model_type", None),
         "transformers": str(versions.transformers_version()),
@@ -182,7 +186,7 @@ def _now(model: nn.Module) -> Verification:
 
 def _now_without_cache(model: nn.Module) -> Verification | None:
     """Measures a model as trainers call it that switch the cache off in its config; None if it has none."""
-    configs: list[Any] = [each.config for each in pretrained_modules(model) if hasattr(each.config, "use_cache")]
+    configs = [each.config for each in pretrained_modules(model) if hasattr(each.config, "use_cache")]
     before = [config.use_cache for config in configs]
     try:
         for config in configs:
@@ -211,7 +215,7 @@ def _verdict(result: Verification) -> str:
 _SMALL_WINDOW = 4
 
 
-def _windows(model: nn.Module, patch: Patch | None, config: Any) -> tuple[int, ...]:
+def _windows(model: nn.Module, patch: Patch | None, config: PretrainedConfig) -> tuple[int, ...]:
     """Returns the window that each layer's kernel is called with, in a packed forward of the patched model."""
     configured = getattr(config, "sliding_window", None)
     attentions = [module for module in model.modules() if patch is not None and patch.is_attention(module)]
@@ -228,7 +232,7 @@ def _windows(model: nn.Module, patch: Patch | None, config: Any) -> tuple[int, .
     return tuple(window + configured - _SMALL_WINDOW if configured and by_row and window else window for window in seen)
 
 
-def _needs(model: nn.Module, config: Any, windows: tuple[int, ...]) -> attention.Needs | None:
+def _needs(model: nn.Module, config: PretrainedConfig, windows: tuple[int, ...]) -> attention.Needs | None:
     """Returns what an attention backend must be able to do for a model; None for one without attention heads."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = getattr(text, "num_attention_heads", None)
@@ -239,7 +243,7 @@ def _needs(model: nn.Module, config: Any, windows: tuple[int, ...]) -> attention
     return attention.Needs(weight.device.type, weight.dtype, head_dim, window=max(windows, default=0))
 
 
-def _notes(model: nn.Module, config: Any, windows: tuple[int, ...], patch: Patch | None) -> list[str]:
+def _notes(model: nn.Module, config: PretrainedConfig, windows: tuple[int, ...], patch: Patch | None) -> list[str]:
     notes = []
     configured = getattr(config, "sliding_window", None)
     odd = sorted({window for window in windows if window and window != configured})

@@ -7,14 +7,13 @@ also where an adapter takes the labels past the patched head.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from ..adapters import takes_labels_past_the_head
 from ..models import pretrained_modules
 from ..registry import Patch
+from ..upstream import Arguments
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import Seam
@@ -47,12 +46,12 @@ def find(model: nn.Module, patch: Patch | None = None) -> Found:
     return Found(frozenset(Seam(owner, "forward", concerns, answer, optional=True) for owner in owners))
 
 
-def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def concerns(args: tuple[object, ...], kwargs: Arguments) -> bool:
     # OptIn.of the patched model inside: PEFT looks there for what it does not have itself
     return OptIn.of(args[0]) is not None and may_be_packed(args, kwargs)
 
 
-def answer(call: Call) -> Any:
+def answer(call: Call) -> object:
     _prepare(call)
     return call.proceed()
 

@@ -6,12 +6,11 @@ static caches themselves. So what runs inside `generate` is upstream's, without 
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from ..errors import PadfreeError
 from ..registry import Patch
+from ..upstream import Arguments
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import Seam
@@ -42,11 +41,11 @@ def find(model: nn.Module, patch: Patch | None = None) -> Found:
     )
 
 
-def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def concerns(args: tuple[object, ...], kwargs: Arguments) -> bool:
     return isinstance(args[0], nn.Module) and any(OptIn.of(module) is not None for module in args[0].modules())
 
 
-def answer(call: Call) -> Any:
+def answer(call: Call) -> object:
     if call.arguments.get("packed_sequences") is not None:
         raise PadfreeError(
             f"{type(call.module).__name__}.{call.original.__name__} got packed_sequences: a packed row can't be gone "

@@ -126,7 +126,7 @@ def handing_over(handed: Handed) -> Iterator[None]:
         )
 
 
-def is_awaited(module: nn.Module) -> bool:
+def is_awaited(module: object) -> bool:
     """Whether a head whose forward runs waits for the hidden states of a decoder."""
     return under_way.handed is not None and under_way.handed.head is not module
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 
@@ -37,7 +37,7 @@ class Kind(Protocol):
         """
         ...
 
-    def answer(self, call: Call) -> Any:
+    def answer(self, call: Call) -> object:
         """Answers a call that concerns a packed batch. The kind's seams hold it, or others of its file beside it."""
         ...
 

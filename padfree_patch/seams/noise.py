@@ -7,16 +7,20 @@ module, with whatever hangs on it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..batch.packed_batch import PackedBatch
 from ..errors import PadfreeError
+from ..upstream import Arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def embed_each_alone(decoder: Any, arguments: dict[str, Any], batch: PackedBatch) -> None:
+def embed_each_alone(decoder: PreTrainedModel, arguments: Arguments, batch: PackedBatch) -> None:
     """Puts embeddings in the place of a packed call's `input_ids`, if noise is added that depends on their shape.
 
     Raises PadfreeError if the caller gave embeddings: whatever noise they have is the row's.
@@ -40,7 +44,7 @@ def embed_each_alone(decoder: Any, arguments: dict[str, Any], batch: PackedBatch
     arguments["inputs_embeds"] = torch.cat([embeddings(each) for each in examples], dim=1).view(*ids.shape, -1)
 
 
-def _embeddings_of(decoder: Any) -> nn.Module | None:
+def _embeddings_of(decoder: PreTrainedModel) -> nn.Module | None:
     """Returns a decoder's embeddings; None if they were taken out, as PEFT's Shadow does of its own decoder."""
     try:
         found: nn.Module | None = decoder.get_input_embeddings()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,13 @@ from ..batch.packed_batch import PackedBatch
 from ..data.unpacking import unpack
 from ..errors import PadfreeError
 from ..wrapping.call import Call, takes_keyword
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import ModelOutput
+
+_Outputs: TypeAlias = "ModelOutput | tuple[Tensor, ...]"
+"""What a model returns: an output with names, or a tuple if the caller or its config asks for one."""
 
 _OF_THE_HEAD = ("labels", "return_dict", "logits_to_keep")
 """Arguments of a head that its decoder is not given."""
@@ -32,7 +39,7 @@ def pools(head: nn.Module) -> bool:
     return any(each is decoder for each in head.children())
 
 
-def pool(call: Call, batch: PackedBatch) -> Any:
+def pool(call: Call, batch: PackedBatch) -> object:
     """Answers the call of a head that pools: logits (sequences, labels), and the loss of labels for each sequence.
 
     Raises PadfreeError if there are not as many labels as sequences.
@@ -50,7 +57,7 @@ def pool(call: Call, batch: PackedBatch) -> Any:
 
 
 @torch.compiler.disable
-def _logits_of_each(call: Call, batch: PackedBatch, decoder: nn.Module, outputs: Any) -> list[Tensor]:
+def _logits_of_each(call: Call, batch: PackedBatch, decoder: nn.Module, outputs: _Outputs) -> list[Tensor]:
     """Runs upstream's head on each sequence; returns logits (1, labels) each."""
     name = "input_ids" if call.arguments.get("input_ids") is not None else "inputs_embeds"
     both = (each.flatten(0, 1) for each in (outputs[0], call.arguments[name]))
@@ -65,7 +72,7 @@ def _logits_of_each(call: Call, batch: PackedBatch, decoder: nn.Module, outputs:
     return found
 
 
-def _like(outputs: Any, hidden: Tensor) -> Any:
+def _like(outputs: _Outputs, hidden: Tensor) -> _Outputs:
     """Returns what the decoder gave, of other hidden states and nothing else: an output with names, or a tuple."""
     return type(outputs)(last_hidden_state=hidden) if isinstance(outputs, dict) else (hidden,)
 
@@ -73,16 +80,16 @@ def _like(outputs: Any, hidden: Tensor) -> Any:
 class _HandsOver(nn.Module):
     """Stands in the decoder's place, and returns what the decoder gave before."""
 
-    def __init__(self, outputs: Any):
+    def __init__(self, outputs: _Outputs):
         super().__init__()
         self.outputs = outputs
 
-    def forward(self, *args: object, **kwargs: object) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> _Outputs:
         return self.outputs
 
 
 @contextmanager
-def _handed_over(head: nn.Module, decoder: nn.Module, outputs: Any) -> Iterator[None]:
+def _handed_over(head: nn.Module, decoder: nn.Module, outputs: _Outputs) -> Iterator[None]:
     """Puts a stand-in into the decoder's place for a moment."""
     (name,) = (name for name, child in head.named_children() if child is decoder)
     head._modules[name] = _HandsOver(outputs)
@@ -92,7 +99,7 @@ def _handed_over(head: nn.Module, decoder: nn.Module, outputs: Any) -> Iterator[
         head._modules[name] = decoder
 
 
-def _loss(head: Any, logits: Tensor, labels: Tensor | None) -> Tensor | None:
+def _loss(head: PreTrainedModel, logits: Tensor, labels: Tensor | None) -> Tensor | None:
     """Computes upstream's loss of labels (sequences,) or (sequences, labels)."""
     if labels is None:
         return None
@@ -108,7 +115,7 @@ def _loss(head: Any, logits: Tensor, labels: Tensor | None) -> Tensor | None:
     return _loss_before_4_46(head.config, logits, labels)
 
 
-def _loss_before_4_46(config: Any, logits: Tensor, labels: Tensor) -> Tensor:
+def _loss_before_4_46(config: PretrainedConfig, logits: Tensor, labels: Tensor) -> Tensor:
     """Computes what modeling_llama.py of 4.36 to 4.45 has at the end of LlamaForSequenceClassification.forward."""
     if config.problem_type is None:
         whole = labels.dtype in (torch.int64, torch.int32)
@@ -121,7 +128,7 @@ def _loss_before_4_46(config: Any, logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels)
 
 
-def _result(call: Call, loss: Tensor | None, logits: Tensor) -> Any:
+def _result(call: Call, loss: Tensor | None, logits: Tensor) -> _Outputs:
     """Returns what upstream's head returns: an output with names, or a tuple if the caller or config asks for it."""
     from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 

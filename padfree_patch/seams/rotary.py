@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from ..batch.packed_batch import PackedBatch
 from ..errors import PadfreeError
 from ..registry import Patch
+from ..upstream import Arguments
 from ..wrapping.call import Call, signature, takes_keyword
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import Seam, original_of
@@ -38,7 +38,7 @@ def find(model: nn.Module, patch: Patch | None = None) -> Found:
     return Found(frozenset(Seam(type(each), "forward", concerns, answer) for each in rotaries), rotaries)
 
 
-def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def concerns(args: tuple[object, ...], kwargs: Arguments) -> bool:
     return under_way.batch is not None and OptIn.of(args[0]) is not None
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -12,6 +11,7 @@ from ..batch.sequences import PackedSequences
 from ..batch.shared_row import SharedRow
 from ..errors import PadfreeError
 from ..registry import registry
+from ..upstream import Arguments
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
 from .rotary import depends_on_length
@@ -25,7 +25,7 @@ _OF_OTHER_HEADS = ("classifier", "summary")
 _DRAWN_ONCE = "would be drawn once for a prompt, not once for each example; set it to 0"
 
 
-def take_tokens(arguments: dict[str, Any]) -> None:
+def take_tokens(arguments: Arguments) -> None:
     """Puts token ids that can be embedded in the place of those of a row with shared prompts.
 
     Raises PadfreeError if nothing among the arguments says which examples share what.
@@ -54,7 +54,7 @@ def check_can_share(call: Call, batch: PackedBatch) -> None:
         )
 
 
-def _reasons(module: Any, arguments: Mapping[str, Any]) -> Iterator[str]:
+def _reasons(module: nn.Module, arguments: Arguments) -> Iterator[str]:
     """Yields what stands against shared prompts in a call of a model."""
     config, opt_in = getattr(module, "config", None), OptIn.of(module)
     asked = arguments.get("output_router_logits")
@@ -72,7 +72,7 @@ def _reasons(module: Any, arguments: Mapping[str, Any]) -> Iterator[str]:
         yield f"the attention_call of the patch for {patch.model_type!r} does not say that it knows such rows"
 
 
-def _random_of(config: Any) -> Iterator[tuple[str, float]]:
+def _random_of(config: object) -> Iterator[tuple[str, float]]:
     """Yields what a config says is random in training, by name, also in configs inside it."""
     for name, value in vars(config).items() if config is not None else ():
         if hasattr(value, "to_dict"):

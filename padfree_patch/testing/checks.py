@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ from .oracle import (
 )
 from .ordinary import assert_identical, ordinary_results
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 LENGTHS = (5, 9, 1, 12)
 """Tokens per example; one token is the edge case, and the others are longer than the windows under test."""
 
@@ -47,7 +50,9 @@ def check_logits(make: Make, *, patched: bool = True) -> None:
         assert_logits_close(model(**pack(sequences)).logits, alone)
 
 
-def check_gradients(make: Make, *, patched: bool = True, prepare: Callable[[Any], object] | None = None) -> None:
+def check_gradients(
+    make: Make, *, patched: bool = True, prepare: Callable[[PreTrainedModel], object] | None = None
+) -> None:
     """Checks that loss and gradients of a packed row are those of the examples alone, averaged over tokens.
 
     prepare: called on the model, in train mode, before it runs; `checkpointing(reentrant=True)`, for example.
@@ -80,7 +85,7 @@ def check_isolation(make: Make, *, patched: bool = True) -> None:
         assert largest(gradient[:, 9:]) > 0
 
 
-def _gradient_at_embeddings(model: Any, batch: Mapping[str, Tensor], *, begin: int) -> Tensor:
+def _gradient_at_embeddings(model: PreTrainedModel, batch: Mapping[str, Tensor], *, begin: int) -> Tensor:
     """Returns the gradient, at the embeddings, of a loss over the logits from token `begin` on."""
     embeds: Tensor = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
     logits = model(inputs_embeds=embeds, position_ids=batch["position_ids"]).logits
@@ -202,7 +207,7 @@ def check_router_losses(make: Make, *, patched: bool = True) -> None:
 
 def _balance_loss(model: nn.Module, router_logits: list[Tensor]) -> tuple[Tensor, bool]:
     """Returns upstream's auxiliary loss of router logits, and whether upstream leaves padding out of it."""
-    balance: Any = sys.modules[type(model).__module__].load_balancing_loss_func
+    balance = sys.modules[type(model).__module__].load_balancing_loss_func
     knows_padding = "attention_mask" in inspect.signature(balance).parameters  # before 4.38 it is over the padding too
     no_mask = {"attention_mask": None} if knows_padding else {}
     loss = balance(tuple(router_logits), num_experts=model.num_experts, top_k=model.num_experts_per_tok, **no_mask)

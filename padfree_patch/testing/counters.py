@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..upstream import Arguments, Function
+
+if TYPE_CHECKING:
+    from torch._ops import OpOverload
 
 _READING_OPERATORS = (
     "_local_scalar_dense",  # .item(), bool(), int(), tensor indices of a slice
@@ -48,7 +53,7 @@ class SyncCounter:
             mode.__enter__()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         for mode in reversed(self._modes):
             mode.__exit__(*exception)
 
@@ -59,8 +64,8 @@ class _Operators(TorchDispatchMode):
         self._by_name = by_name
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: OpOverload[..., object], types: object, args: tuple[Any, ...] = (), kwargs: Arguments | None = None
+    ) -> object:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         by_mask = name == "index" and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
@@ -76,8 +81,8 @@ class _Functions(TorchFunctionMode):
         self._by_name = by_name
 
     def __torch_function__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: Function, types: object, args: tuple[object, ...] = (), kwargs: Arguments | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func in (Tensor.cpu, Tensor.tolist):
             self._by_name[func.__name__] += 1
@@ -104,8 +109,8 @@ class LargestTensor(TorchDispatchMode):
         self.operator = ""
 
     def __torch_dispatch__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: Function, types: object, args: tuple[object, ...] = (), kwargs: Arguments | None = None
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(value, Tensor) and (elements := _elements(value)) > self.elements:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ from ..patching import applied
 from ..seams.labelled import CHUNK, computing
 from .models import examples, pack
 from .oracle import Make, alone_loss_and_gradients, assert_gradients_close
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import ModelOutput
 
 LENGTHS = (5, 9, 1, 12)
 
@@ -26,8 +30,12 @@ def completions(sequences: Sequence[Tensor]) -> list[Tensor]:
 
 
 def check_labelled_logits(
-    make: Make, *, logits: str = "labelled", chunk: int = CHUNK, prepare: Callable[[Any], object] | None = None
-) -> Any:
+    make: Make,
+    *,
+    logits: str = "labelled",
+    chunk: int = CHUNK,
+    prepare: Callable[[PreTrainedModel], object] | None = None,
+) -> ModelOutput:
     """Checks that loss and gradients are those of each example alone, averaged over the labels. Returns the output.
 
     Args:

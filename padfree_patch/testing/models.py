@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,8 +12,12 @@ from torch import Tensor
 from .. import versions
 from ..batch.labels import IGNORED_LABEL
 from ..registry import Patch
+from ..upstream import Arguments
 
-TINY: dict[str, Any] = {
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+TINY: dict[str, int] = {
     "vocab_size": 97,
     "hidden_size": 48,
     "intermediate_size": 64,
@@ -36,7 +40,7 @@ class UpstreamFails(Unavailable):
     """Upstream has it, but can't build it."""
 
 
-def tiny_model(patch: Patch, implementation: str = "sdpa", *, seed: int = 0, **config: object) -> Any:
+def tiny_model(patch: Patch, implementation: str = "sdpa", *, seed: int = 0, **config: object) -> PreTrainedModel:
     """Makes a randomly initialised causal language model, in eval mode, float32, on the CPU.
 
     Args:
@@ -64,7 +68,7 @@ def tiny_model(patch: Patch, implementation: str = "sdpa", *, seed: int = 0, **c
             raise kind(f"{patch.model_type} can't be loaded as {implementation}: {error!r}") from error
 
 
-def _config(patch: Patch, values: Mapping[str, Any]) -> Any:
+def _config(patch: Patch, values: Arguments) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if patch.model_type not in CONFIG_MAPPING:
@@ -112,10 +116,10 @@ def pad(sequences: Sequence[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def checkpointing(*, reentrant: bool) -> Callable[[Any], None]:
+def checkpointing(*, reentrant: bool) -> Callable[[PreTrainedModel], None]:
     """Returns a function that switches gradient checkpointing on in a model, of the given kind, on any version."""
 
-    def switch_on(model: Any) -> None:
+    def switch_on(model: PreTrainedModel) -> None:
         parameters = inspect.signature(model.gradient_checkpointing_enable).parameters
         takes_kind = "gradient_checkpointing_kwargs" in parameters  # 4.35 on
         kind = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}} if takes_kind else {}

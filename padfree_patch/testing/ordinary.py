@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .models import examples
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Results = dict[str, "Tensor | str"]
 """By the name of the call: what it gives, or the error that upstream raises for it."""
 
 
-def ordinary_results(model: Any) -> Results:
+def ordinary_results(model: PreTrainedModel) -> Results:
     """Returns what a model gives for the calls that hold no packed row; of a call that upstream refuses, the error."""
     short, long = examples((6, 10), vocab_size=model.config.vocab_size)
     pad = torch.zeros(1, 4, dtype=torch.int64)
@@ -55,12 +58,12 @@ def _positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
 
 
-def cache_argument(model: Any) -> str:
+def cache_argument(model: PreTrainedModel) -> str:
     """Returns what a model's forward and its output call the cache: "cache" from 5.24 on."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def _continue(model: Any, tokens: Tensor) -> Tensor:
+def _continue(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Runs all tokens except the last three, and then those with a cache."""
     name = cache_argument(model)
     cache = {name: model(input_ids=tokens[:, :7], use_cache=True)[name]}
@@ -68,7 +71,7 @@ def _continue(model: Any, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens[:, 7:], position_ids=positions, **cache).logits
 
 
-def _second_turn(model: Any, padded_left: Mapping[str, Tensor]) -> Tensor:
+def _second_turn(model: PreTrainedModel, padded_left: Mapping[str, Tensor]) -> Tensor:
     """Runs a left-padded batch again, with the cache of the first run and a mask that covers both."""
     name = cache_argument(model)
     cache = {name: model(**padded_left, use_cache=True)[name]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from ..data.unpacking import unpack
 from ..patching import applied
 from .models import examples
 from .oracle import Make, add_gradients, as_batch, assert_gradients_close, assert_logits_close, gradients_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 GROUPS = ((9, (3, 5)), (1, (4,)), (6, (1, 2, 7)))
 """Tokens of each prompt, and of the completions of it. A prompt of one token leaves nothing to share."""
@@ -34,7 +37,7 @@ def check_shared_prompts(
     make: Make,
     *,
     rows: Sequence[dict[str, list[int]]] | None = None,
-    prepare: Callable[[Any], object] | None = None,
+    prepare: Callable[[PreTrainedModel], object] | None = None,
 ) -> None:
     """Checks that loss, logits and gradients of a row with shared prompts are those of the whole examples alone.
 

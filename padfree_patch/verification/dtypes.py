@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from ..upstream import Arguments, Function
 
 
 class Dtypes(TorchFunctionMode):
@@ -24,8 +24,8 @@ class Dtypes(TorchFunctionMode):
         self.seen: set[torch.dtype] = set()
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: Function, types: object, args: tuple[object, ...] = (), kwargs: Arguments | None = None
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and result.requires_grad:
             self.seen.add(result.dtype)

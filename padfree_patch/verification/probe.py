@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -230,7 +230,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 def _head_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Returns the parameters of the module that makes logits, with what PEFT has put into it."""
-    outermost: Any = pretrained_modules(model)[0]
+    outermost = pretrained_modules(model)[0]
     try:
         head = outermost.get_output_embeddings()
     except (AttributeError, NotImplementedError):

@@ -6,12 +6,13 @@ import dataclasses
 import math
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..errors import LeakError, PadfreeError
 from ..html_table import html_table
+from ..upstream import Arguments
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -152,7 +153,7 @@ class Verification:
         object.__setattr__(self, "_measured", weakref.ref(model))
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name != "_measured"}
 
     def plot(self) -> Figure:
@@ -183,7 +184,7 @@ class Verification:
     def from_dict(cls, fields: Mapping[str, object]) -> Verification:
         """Makes a `Verification` of what `as_dict` gave; names that are no fields are ignored."""
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        given: dict[str, Any] = {name: value for name, value in fields.items() if name in defaults}
+        given: Arguments = {name: value for name, value in fields.items() if name in defaults}
         missing = {name: math.nan for name, v in given.items() if v is None and isinstance(defaults[name], float)}
         return cls(**given | missing)
 

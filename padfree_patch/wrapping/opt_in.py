@@ -11,7 +11,6 @@ import gc
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 from packaging.version import Version
 from torch import nn
@@ -48,7 +47,7 @@ class OptIn:
         """Of a model around a decoder: whether its loss takes labels as they are, not as what follows each token."""
         self.logits = "all"
         """Which logits a training forward with labels computes: "all", those of "labelled" tokens, or "chunked"."""
-        self.set_aside: dict[str, Any] = {}
+        self.set_aside: dict[str, object] = {}
         """What stood in the module's `__dict__` and would have gone past the patched class."""
         self.check: Callable[[nn.Module], None] | None = None
         """Checks at a packed call what `apply` could not: adapters that came later, weights that were not there yet.
@@ -69,7 +68,7 @@ class OptIn:
         return bool(adapters) and not any(are_same(adapters, each) for each in self.checked)
 
     @staticmethod
-    def of(module: nn.Module) -> OptIn | None:
+    def of(module: object) -> OptIn | None:
         """Returns the OptIn of a module, or None if it is not patched. Of PEFT's models, that of the model inside."""
         # Not vars(module).get: that is no guard of torch.compile, which would run another model's graph for this one.
         found: OptIn | None = getattr(module, ATTRIBUTE, None)
@@ -110,14 +109,14 @@ class OptIn:
         if opt_in is not None:
             vars(module).update(opt_in.set_aside)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> OptIn:
+    def __deepcopy__(self, memo: dict[int, object]) -> OptIn:
         twin = OptIn(self.model_type, self.backend, self.seams, self.layers)
         twin.check, twin.pending, twin.checked = self.check, self.pending, copy.deepcopy(self.checked, memo)
         twin.way, twin.not_recomputed, twin.unproven = self.way, self.not_recomputed, self.unproven
         twin.reads_first_label, twin.logits = self.reads_first_label, self.logits
         return twin
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         seams = tuple(seam.by_name() for seam in self.seams)
         saved_with = str(versions.transformers_version())
         kept = ("check", "pending", "unproven", "way", "not_recomputed", "reads_first_label", "logits")
