@@ -61,6 +61,8 @@ class Patch:
     attention_call: Callable[[AttentionCall], AttentionCall] | None = None
     """For attention that needs more than another kernel: given each packed call of an attention module, returns the
     call to make instead."""
+    attention_call_needs: str = ""
+    """Value of the config which, if it is false, says that `attention_call` changes nothing; "" if it always may."""
     attention_call_knows_prompts: bool = False
     """Whether what `attention_call` does is right where sequences go on from shared prompts too
     (`PackedSequences.prefixes`); if not, such rows are refused."""

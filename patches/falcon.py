@@ -88,6 +88,7 @@ PATCH = Patch(
     transformers=">=4.34,<5.25",
     tiny={"num_kv_heads": 2, "new_decoder_architecture": True},
     attention_call=attention_call,
+    attention_call_needs="alibi" if versions.transformers(">=4.35") else "",
     attention_call_knows_prompts=True,
     quirks=quirks,
     upstream_refuses=upstream_refuses,

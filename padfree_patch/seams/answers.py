@@ -34,13 +34,21 @@ class Answers:
     def __init__(self, model: nn.Module, batch: PackedBatch, outer: Answers | None):
         self.model, self.batch, self.outer = model, batch, outer
         self.modules: set[nn.Module] = set()
+        self.by_graphs = 0
+        """Kernel calls of graphs that torch.compile made, in which a layer is no module any more."""
 
 
-def note_answer(module: nn.Module) -> None:
-    """Notes in every packed forward that is under way in this thread that an attention module has answered."""
+def note_answer(module: nn.Module | None) -> None:
+    """Notes in every packed forward that is under way in this thread that an attention module has answered.
+
+    None stands for one of a graph that torch.compile made.
+    """
     answers = under_way.answers
     while answers is not None:
-        answers.modules.add(module)
+        if module is None:
+            answers.by_graphs += 1
+        else:
+            answers.modules.add(module)
         answers = answers.outer
 
 
@@ -87,17 +95,17 @@ def _check(answers: Answers) -> None:
     """Raises PadfreeError unless every layer has answered that must."""
     model, opt_in = answers.model, OptIn.of(answers.model)
     if opt_in is not None and opt_in.trying:  # verify says what the way misses
-        opt_in.answered = len(answers.modules)
+        opt_in.answered = len(answers.modules) + answers.by_graphs
         return
     layers = _layers(model)
     silent = _silent(answers, layers)
-    if silent or not answers.modules:
+    if silent or not (answers.modules or answers.by_graphs):
         names = [f"{name} ({type(each).__name__})" for name, each in model.named_modules() if each in silent]
         shown = ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])]) or "any attention module"
         raise PadfreeError(_message(model, f"was not answered by {shown}, so its examples mix", replaced(model)))
     if opt_in is None:
         return
-    reached = len(answers.modules) if opt_in.way else len(layers)
+    reached = len(answers.modules) + answers.by_graphs if opt_in.way else len(layers)
     if opt_in.layers > reached and not (opt_in.way and drops_layers(model)):
         problem = f"ran {reached} layers with patched attention, and apply had patched {opt_in.layers}"
         raise PadfreeError(_message(model, problem, replaced(model)))
@@ -117,6 +125,8 @@ def _silent(answers: Answers, layers: list[list[nn.Module]]) -> list[nn.Module]:
     """Returns the patched attention modules of the layers, of those that a decoder runs, that have not answered."""
     decoder: Any = answers.model
     run = layers[: getattr(decoder.config, "num_hidden_layers", None)]  # no more, from 4.48 on
+    if answers.by_graphs and answers.by_graphs + len(answers.modules) >= len(run):
+        return []
     return [each for layer in run if answers.modules.isdisjoint(layer) for each in layer]
 
 

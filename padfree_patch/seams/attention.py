@@ -9,6 +9,7 @@ threads and other models see nothing, and a function that is not understood is a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,21 +20,24 @@ from torch.overrides import TorchFunctionMode
 from ..batch.packed_batch import PackedBatch
 from ..errors import PadfreeError
 from ..registry import AttentionCall, Patch, registry
-from ..wrapping.call import Call
+from ..wrapping.call import Call, signature
+from ..wrapping.frames import is_tracing
 from ..wrapping.opt_in import OptIn
-from ..wrapping.seam import Seam
-from . import rotary
+from ..wrapping.seam import Seam, original_of
+from . import rotary as rotaries
 from .interface import uses_interface
 from .kernel import PackedKernel
 from .kinds import Found, check_causal, check_class_found, check_takes
 from .scores import KnownMaximum, UncomputedScores
 from .stand_in import batch_of, is_stand_in, recipe_of
+from .traced_kernel import TracedKernel, is_causal, operator, tracing
 from .under_way import running
 
 NAME = "attention"
 
-_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
-_SOFTMAXES = (F.softmax, torch.softmax, Tensor.softmax)
+_MATMULS = ("matmul", "__matmul__", "__rmatmul__")
+_SOFTMAXES = ("softmax",)
+"""Names of torch's functions: what torch.compile traces are not the same objects."""
 
 
 def find(model: nn.Module, patch: Patch) -> Found:
@@ -44,7 +48,7 @@ def find(model: nn.Module, patch: Patch) -> Found:
     modules = tuple(module for module in every if not uses_interface(module, patch))
     for module in modules:
         check_takes(patch, module, "attention_mask", "position_ids")
-    return Found(frozenset(Seam(type(each), "forward", concerns, answer) for each in modules), modules)
+    return Found(frozenset(Seam(type(each), "forward", concerns, answer, traced=traced) for each in modules), modules)
 
 
 def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -66,7 +70,7 @@ def answer(call: Call) -> Any:
     tokens = next(given)  # the hidden states (B, T, D)
     shape = int(tokens.shape[0]), int(tokens.shape[1])
     batch = batch_of(mask, shape, tokens.device, call.arguments.get("position_ids"))
-    positions = rotary.positions_for(module, batch)
+    positions = rotaries.positions_for(module, batch)
     call.arguments |= {"attention_mask": None, "position_ids": positions}
     prepared = _prepare(call, batch, opt_in.model_type)
     kernel = PackedKernel(module, batch.sequences, recipe_of(mask), opt_in.backend, prepared.key_bias)
@@ -82,6 +86,49 @@ def answer(call: Call) -> Any:
     return result
 
 
+def traced(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answers while torch.compile traces: with upstream's forward, whose kernel call is one operator of the graph.
+
+    Not where somebody must know the batch: a patch that changes the call, or a rotary that counts tokens itself.
+    """
+    module, mask = args[0], kwargs["attention_mask"]
+    opt_in = OptIn.of(module)
+    if operator is None or opt_in is None or not is_causal(module):
+        return NotImplemented
+    decides = _what_decides_if_calls_change(opt_in.model_type)
+    if decides == "" or (decides is not None and getattr(module.config, decides, True)):
+        return NotImplemented
+    if kwargs.get("position_embeddings") is None and not _rotates_by_positions(getattr(module, "rotary_emb", None)):
+        return NotImplemented
+    kernel = TracedKernel(module, mask)
+    tracing.kernel = kernel
+    with KernelMode(kernel):
+        result = original(*args, **{**kwargs, "attention_mask": None})
+    tracing.kernel = None
+    if not kernel.answered:
+        return NotImplemented
+    if isinstance(result, tuple):
+        return tuple(None if isinstance(item, UncomputedScores) else item for item in result)
+    return result
+
+
+@torch.compiler.assume_constant_result
+def _what_decides_if_calls_change(model_type: str) -> str | None:
+    """Returns `Patch.attention_call_needs` of an architecture; None if its patch changes no call."""
+    patch = registry().get(model_type)
+    return None if patch is None or patch.attention_call is None else patch.attention_call_needs
+
+
+def _rotates_by_positions(rotary: nn.Module | None) -> bool:
+    """Whether a rotary looks at nothing but the positions that it is given; None for no rotary."""
+    return rotary is None or (_takes_positions(type(rotary)) and not rotaries.depends_on_length(rotary))
+
+
+@torch.compiler.assume_constant_result
+def _takes_positions(rotary: type[Any]) -> bool:
+    return "position_ids" in signature(original_of(rotary.forward)).parameters
+
+
 def _prepare(call: Call, batch: PackedBatch, model_type: str) -> AttentionCall:
     prepared = AttentionCall(call, batch)
     patch = registry().get(model_type)
@@ -91,7 +138,9 @@ def _prepare(call: Call, batch: PackedBatch, model_type: str) -> AttentionCall:
 class KernelMode(TorchFunctionMode):
     """Answers the kernel call inside one forward of one attention module."""
 
-    def __init__(self, kernel: PackedKernel, positions: Tensor | None = None, batch: PackedBatch | None = None):
+    def __init__(
+        self, kernel: PackedKernel | TracedKernel, positions: Tensor | None = None, batch: PackedBatch | None = None
+    ):
         super().__init__()
         self._kernel, self._positions, self._batch = kernel, positions, batch
 
@@ -103,7 +152,7 @@ class KernelMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._sdpa(*args, **kwargs)
-        if func in _MATMULS and not kwargs and all(isinstance(x, Tensor) and x.dim() == 4 for x in args):
+        if _name_of(func) in _MATMULS and not kwargs and all(isinstance(x, Tensor) and x.dim() == 4 for x in args):
             q, k_transposed = args
             biased = self._kernel.key_bias is not None
             return UncomputedScores(q, k_transposed.transpose(2, 3), self._kernel.owner, biased)
@@ -131,13 +180,15 @@ class KernelMode(TorchFunctionMode):
         return self._kernel.attend(query, key, value, scale=scale, dropout=dropout_p)
 
     def _on_scores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UncomputedScores | Tensor:
+        if is_tracing() and _name_of(func) in _MATMULS and len(args) == 2 and isinstance(args[1], UncomputedScores):
+            args = args[::-1]  # torch.compile turns `weights @ v` around
         first = args[0] if args else None
         if isinstance(first, UncomputedScores):
-            if func in _SOFTMAXES:
+            if _name_of(func) in _SOFTMAXES:
                 return first.after_softmax()
             if func is F.dropout:
                 return first.after_dropout(*args[1:], **kwargs)
-            if func in _MATMULS and isinstance(args[1], Tensor):
+            if _name_of(func) in _MATMULS and isinstance(args[1], Tensor):
                 return self._kernel.attend(first.q, first.k, args[1], scale=first.scale, dropout=first.dropout)
         name, owner = getattr(func, "__qualname__", repr(func)), self._kernel.owner
         raise PadfreeError(f"{owner} applies {name} to its attention scores, which padfree_patch can't follow")
@@ -157,3 +208,7 @@ class KernelMode(TorchFunctionMode):
         if self._positions is not self._batch.positions_from_zero:  # counted over the whole row
             return self._batch.sequences.total - 1
         return max(self._batch.last_lengths) - 1
+
+
+def _name_of(function: Any) -> str:
+    return getattr(function, "__name__", "")

@@ -11,13 +11,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..batch.labels import IGNORED_LABEL
 from ..wrapping.call import Call
+from ..wrapping.frames import outside_graphs, runs_uncompiled
 from ..wrapping.seam import is_wrapper
-from .hand_over import Answer, LabelledTokens, Selected, ended_by_zeros, handing_over, with_hidden_states
+from .hand_over import (
+    LabelledTokens,
+    Selected,
+    ended_by_zeros,
+    handing_over,
+    on_selected,
+    run_waiting,
+    with_hidden_states,
+)
 
 _LABELS = ("labels", "shift_labels")
 
@@ -30,9 +39,9 @@ class _Kept(Selected):
     rows: Tensor
     """(N, D)."""
 
-    def serve(self, call: Call, answer: Answer) -> Any:
-        output = answer(call)
-        self.rows = self.select(call, output)
+    def serve(self, decoder: nn.Module, run: Callable[[], Any]) -> Any:
+        output = run()
+        self.rows = self.select(decoder, output)
         self.output = with_hidden_states(output, ended_by_zeros(self.rows[:0]))
         return self.output
 
@@ -44,10 +53,11 @@ class _Given(Selected):
         super().__init__(kept.head, kept.tokens)
         self._output, self._rows = kept.output, rows
 
-    def serve(self, call: Call, answer: Answer) -> Any:
+    def serve(self, decoder: nn.Module, run: Callable[[], Any]) -> Any:
         return with_hidden_states(self._output, ended_by_zeros(self._rows))
 
 
+@runs_uncompiled
 def in_chunks(call: Call, tokens: LabelledTokens, size: int, run: Callable[[Call], Any]) -> Any:
     """Calls upstream's head on chunks of some labelled tokens at a time; returns its output, without logits.
 
@@ -58,11 +68,18 @@ def in_chunks(call: Call, tokens: LabelledTokens, size: int, run: Callable[[Call
         run: calls upstream.
     """
     if len(tokens.rows) <= size:
-        with handing_over(Selected(call.module, tokens)):
-            return _without_logits(run(call.changed(**tokens.arguments())))
-    kept = _Kept(call.module, tokens)
-    with handing_over(kept):
-        result = run(call.changed(**dict.fromkeys(name for name in _LABELS if name in call.arguments)))
+        return outside_graphs(_without_logits, on_selected(call, tokens, run))
+    kept = outside_graphs(_Kept, call.module, tokens)
+    result = run_waiting(kept, run, outside_graphs(_without_labels, call))
+    # The backward runs the chunks again, where nothing is compiled, and must find what the forward has made.
+    return outside_graphs(_with_sum, call, kept, size, result)
+
+
+def _without_labels(call: Call) -> Call:
+    return call.changed(**dict.fromkeys(name for name in _LABELS if name in call.arguments))
+
+
+def _with_sum(call: Call, kept: _Kept, size: int, result: Any) -> Any:
     return _without_logits(result, loss=_summed(call, kept, size))
 
 

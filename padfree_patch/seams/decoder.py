@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,14 +15,16 @@ from ..errors import PadfreeError
 from ..models import implementation_of, pretrained_modules
 from ..registry import Patch
 from ..wrapping.call import Call
+from ..wrapping.frames import Outside, frames_are_compiled
 from .answers import answering, check_head_not_passed_by
 from .full_rows import look_at_call
-from .hand_over import serve
+from .hand_over import serve, serve_traced
 from .kinds import Found, check_class_found, check_takes
+from .mask import measure
 from .model_call import enter, proceed, seams_of, take_batch, tokens_of
 from .noise import embed_each_alone
 from .rotary import depends_on_length
-from .stand_in import stand_in
+from .stand_in import Measured, is_stand_in, stand_in, with_measured
 from .under_way import running
 
 NAME = "decoder"
@@ -36,20 +39,31 @@ def find(model: nn.Module, patch: Patch) -> Found:
     for decoder in decoders:
         check_implementation(patch.model_type, decoder)
         check_takes(patch, decoder, "attention_mask", "position_ids")
-    return Found(frozenset(seam for each in decoders for seam in seams_of(each, answer, enter_decoder)), decoders)
+    seams = (seam for each in decoders for seam in seams_of(each, answer, enter_decoder, traced=serve_traced))
+    return Found(frozenset(seams), decoders)
 
 
+@torch.compiler.disable(recursive=False)
 def answer(call: Call) -> Any:
     return serve(call, _answer)
 
 
 def _answer(call: Call) -> Any:
-    batch = _prepare(call)
+    if is_stand_in(call.arguments.get("attention_mask")):  # the head has prepared the call
+        return call.proceed()
+    batch = _prepare(call, compiled=frames_are_compiled())
     if batch is None:
         return proceed(call)
-    calls_rotary = any(depends_on_length(child) for child in call.module.children())
-    with answering(call.module, batch), running(batch=batch) if calls_rotary else nullcontext():
+    with Outside(running_decoder, call.module, batch):
         return call.proceed()
+
+
+@contextmanager
+def running_decoder(decoder: nn.Module, batch: PackedBatch) -> Iterator[None]:
+    """Runs a decoder on a packed batch that its arguments carry already, and checks that every layer has answered."""
+    calls_rotary = any(depends_on_length(child) for child in decoder.children())
+    with answering(decoder, batch), running(batch=batch) if calls_rotary else nullcontext():
+        yield
 
 
 def enter_decoder(call: Call) -> Any:
@@ -57,18 +71,31 @@ def enter_decoder(call: Call) -> Any:
 
 
 @torch.compiler.disable
-def _prepare(call: Call) -> PackedBatch | None:
+def _prepare(call: Call, *, compiled: bool) -> PackedBatch | None:
     mask = call.arguments.get("attention_mask")
     of_padded = isinstance(call.arguments.get("packed_sequences"), RowOfPadded)
     batch = take_batch(call)
     look_at_call(call.module, tokens_of(call.arguments), mask, batch)
     if batch is not None:
-        check_implementation(type(call.module).__name__, call.module)  # it may have been switched since apply
         if not of_padded:  # whose labels are still the padded batch's
             check_head_not_passed_by(call.module)
-        embed_each_alone(call.module, call.arguments, batch)
-        call.arguments["attention_mask"] = stand_in(batch)
+        hand_over(call.module, call.arguments, batch, measure(call.module) if compiled else None)
     return batch
+
+
+def hand_over(decoder: nn.Module, arguments: dict[str, Any], batch: PackedBatch, measured: Measured | None) -> None:
+    """Puts the stand-in in the place of the mask that a decoder gets, directly or from its head.
+
+    Args:
+        decoder: whose layers are to answer.
+        arguments: of the call; changed.
+        batch: what the stand-in carries.
+        measured: how the decoder's builders mask one sequence, if torch.compile is to trace them.
+    """
+    check_implementation(type(decoder).__name__, decoder)  # it may have been switched since apply
+    embed_each_alone(decoder, arguments, batch)
+    mask = stand_in(batch)
+    arguments["attention_mask"] = mask if measured is None else with_measured(mask, measured)
 
 
 def check_implementation(who: str, decoder: Any) -> None:

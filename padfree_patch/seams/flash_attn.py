@@ -7,6 +7,7 @@ whether a packed call is under way in this thread.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from ..registry import Patch
 from ..wrapping.call import Call
 from ..wrapping.seam import Seam
 from . import interface
+from .kernel import PackedKernel
 from .kinds import Found, class_named
+from .traced_kernel import TracedKernel, is_causal, operator, tracing
 from .under_way import running, under_way
 
 NAME = "flash_attn"
@@ -38,15 +41,15 @@ def find(model: nn.Module, patch: Patch) -> Found:
             continue
         for each in (namespace, "transformers.integrations.flash_attention"):
             if hasattr(sys.modules.get(each), _AROUND):
-                seams.add(Seam(each, _AROUND, concerns, answer))
+                seams.add(Seam(each, _AROUND, concerns, answer, traced=traced))
         if interface.uses_interface(module, patch):
             namespace = interface.namespace_of(module)
-            seams |= interface.mapping_seams(namespace, "flash_attention_2", answer_interface)
+            seams |= interface.mapping_seams(namespace, "flash_attention_2", answer_interface, traced=traced_interface)
     return Found(frozenset(seams))
 
 
 def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return under_way.kernel is not None
+    return under_way.kernel is not None or tracing.kernel is not None
 
 
 @torch.compiler.disable
@@ -60,6 +63,38 @@ def answer_interface(call: Call) -> Any:
     return result
 
 
+def traced_interface(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answers the interface's function while torch.compile traces: it comes to `traced`."""
+    if operator is None or len(args) != 5 or not is_causal(args[0]):
+        return NotImplemented
+    tracing.kernel = kernel = TracedKernel(args[0], args[4])
+    result = original(*args, **kwargs)
+    tracing.kernel = None
+    return result if kernel.answered else NotImplemented
+
+
+def traced(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answers `_flash_attention_forward` while torch.compile traces, as upstream calls it: options by name."""
+    kernel = tracing.kernel
+    if kernel is None or len(args) not in (4, 5) or kwargs.get("s_aux") is not None:
+        return NotImplemented
+    size = kwargs.get("sliding_window")
+    q, k, v = args[:3]
+    if (target := kwargs.get("target_dtype")) is not None and q.dtype == torch.float32:
+        q, k, v = q.to(target), k.to(target), v.to(target)
+    return _attend(
+        kernel,
+        q,
+        k,
+        v,
+        scale=kwargs.get("softmax_scale"),
+        dropout=kwargs.get("dropout", 0.0),
+        softcap=kwargs.get("softcap"),
+        window=size + window_surplus() if size else 0,
+        causal=bool(kwargs.get("is_causal")),
+    )
+
+
 def answer(call: Call) -> Tensor:
     """Answers upstream's function `_flash_attention_forward` (4.43 on), whose tensors are (B, T, heads, D)."""
     given = call.with_defaults()
@@ -69,6 +104,7 @@ def answer(call: Call) -> Tensor:
         q, k, v = (x.to(target) for x in (q, k, v))
     size = given["sliding_window"]
     return _attend(
+        _kernel(),
         q,
         k,
         v,
@@ -85,6 +121,7 @@ def answer_kernel(call: Call) -> Tensor:
     given = call.with_defaults()
     left, _ = given.get("window_size", (-1, -1))  # how many tokens a query sees beside itself; -1: all
     return _attend(
+        _kernel(),
         given["q"],
         given["k"],
         given["v"],
@@ -96,7 +133,13 @@ def answer_kernel(call: Call) -> Tensor:
     )
 
 
+def _kernel() -> PackedKernel:
+    assert under_way.kernel is not None  # or the call would not have concerned us
+    return under_way.kernel
+
+
 def _attend(
+    kernel: PackedKernel | TracedKernel,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -108,8 +151,6 @@ def _attend(
     causal: bool,
 ) -> Tensor:
     """Attends with q (B, T, H, D), k and v (B, T, K, D); returns (B, T, H, D)."""
-    kernel = under_way.kernel
-    assert kernel is not None  # or the call would not have concerned us
     if not causal:
         raise PadfreeError(f"{kernel.owner} asks flash-attn for attention that is not plainly causal: not supported")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -117,6 +158,7 @@ def _attend(
     return output.transpose(1, 2)
 
 
+@torch.compiler.assume_constant_result
 def window_surplus() -> int:
     """Returns what upstream's window for flash-attn has beyond the configured tokens: it was (w, w) before 4.56."""
     return 0 if versions.transformers(">=4.56") else 1

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..batch.labels import IGNORED_LABEL
 from ..errors import PadfreeError
 from ..wrapping.call import Call
+from ..wrapping.frames import Outside, outside_graphs, runs_uncompiled
 from .language_head import is_language_head
 from .under_way import under_way
 
@@ -41,6 +42,10 @@ class LabelledTokens:
         rows = (flat != IGNORED_LABEL).nonzero().squeeze(1)
         return cls(rows, flat.index_select(0, rows), shape, shifts)
 
+    def narrow(self, call: Call) -> Call:
+        """Returns a head's call with the labels of these tokens."""
+        return call.changed(**self.arguments())
+
     def arguments(self, targets: Tensor | None = None) -> dict[str, Any]:
         """Returns the labels (1, N + 1) of a head that gets these rows, or those of some targets, and one of zeros."""
         targets = self.targets if targets is None else targets
@@ -51,12 +56,15 @@ class LabelledTokens:
 
 
 class Handed:
-    """What a head waits for. `serve` answers the call of the decoder."""
+    """What a head waits for. `serve` answers the call of a decoder, which `run` runs; torch.compile may trace it."""
 
     def __init__(self, head: nn.Module):
         self.head = head
+        self.served = False
+        """Whether a decoder was called: another one that the head calls is not the one. Noted here and not in
+        `under_way`, because torch.compile takes over into its graph what it writes to an object like this."""
 
-    def serve(self, call: Call, answer: Answer) -> Any:
+    def serve(self, decoder: nn.Module, run: Callable[[], Any]) -> Any:
         raise NotImplementedError
 
 
@@ -67,11 +75,11 @@ class Selected(Handed):
         super().__init__(head)
         self.tokens = tokens
 
-    def serve(self, call: Call, answer: Answer) -> Any:
-        output = answer(call)
-        return with_hidden_states(output, ended_by_zeros(self.select(call, output)))
+    def serve(self, decoder: nn.Module, run: Callable[[], Any]) -> Any:
+        output = run()
+        return with_hidden_states(output, ended_by_zeros(self.select(decoder, output)))
 
-    def select(self, call: Call, output: Any) -> Tensor:
+    def select(self, decoder: nn.Module, output: Any) -> Tensor:
         """Returns the hidden states (N, D) of the labelled tokens.
 
         Raises PadfreeError if the decoder gives no hidden states for each token.
@@ -80,7 +88,7 @@ class Selected(Handed):
         if states is None or states.shape[:2] != shape or hasattr(states, "device_mesh"):
             found = type(output).__name__ if states is None else f"{type(states).__name__} {tuple(states.shape)}"
             raise PadfreeError(
-                f"{type(call.module).__name__} gives {found}, and no tensor of hidden states for {shape} tokens, from "
+                f"{type(decoder).__name__} gives {found}, and no tensor of hidden states for {shape} tokens, from "
                 f"which rows can be taken; call padfree_patch.apply(model) with logits='all'"
             )
         return states.flatten(0, 1).index_select(0, self.tokens.rows.to(states.device, non_blocking=True))
@@ -116,24 +124,43 @@ def handing_over(handed: Handed) -> Iterator[None]:
     outer, under_way.handed = under_way.handed, handed
     try:
         yield
-        left = under_way.handed
     finally:
         under_way.handed = outer
-    if left is not None:
+    if not handed.served:
         raise PadfreeError(
             f"{type(handed.head).__name__} called no decoder that padfree_patch answers for, so it computed all "
             "logits; call padfree_patch.apply(model) with logits='all'"
         )
 
 
+@runs_uncompiled
+def run_waiting(handed: Handed, run: Callable[[Call], Any], call: Call) -> Any:
+    """Runs a head that waits for something from the decoder that it calls; see `handing_over`."""
+    with Outside(handing_over, handed):
+        return run(call)
+
+
+@runs_uncompiled
+def on_selected(call: Call, tokens: LabelledTokens, run: Callable[[Call], Any]) -> Any:
+    """Calls a head on the hidden states of some tokens, and on their labels; `run` calls upstream."""
+    return run_waiting(outside_graphs(Selected, call.module, tokens), run, outside_graphs(tokens.narrow, call))
+
+
 def is_awaited(module: object) -> bool:
     """Whether a head whose forward runs waits for the hidden states of a decoder."""
-    return under_way.handed is not None and under_way.handed.head is not module
+    handed = _unserved()
+    return handed is not None and handed.head is not module
 
 
 def is_waiting(head: nn.Module) -> bool:
     """Whether a head runs that was given the labels of some rows: it is called again by a forward put over ours."""
-    return under_way.handed is not None and under_way.handed.head is head
+    handed = _unserved()
+    return handed is not None and handed.head is head
+
+
+def _unserved() -> Handed | None:
+    handed = under_way.handed
+    return None if handed is None or handed.served else handed
 
 
 def serve(call: Call, answer: Answer) -> Any:
@@ -141,8 +168,17 @@ def serve(call: Call, answer: Answer) -> Any:
     if is_language_head(call.module):
         return answer(call)
     call.arguments.pop("labelled_rows", None)
-    handed = under_way.handed
+    handed = _unserved()
     if handed is None:
         return answer(call)
-    under_way.handed = None  # another decoder that the head calls is not the one
-    return handed.serve(call, answer)
+    handed.served = True
+    return handed.serve(call.module, lambda: answer(call))
+
+
+def serve_traced(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answers, while torch.compile traces it, the call of a decoder that a head waits for; no other one."""
+    handed = _unserved()
+    if handed is None or handed.head is args[0]:
+        return NotImplemented
+    handed.served = True
+    return handed.serve(args[0], lambda: original(*args, **kwargs))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,15 +15,19 @@ from ..errors import PadfreeError
 from ..models import is_transformers_model, pretrained_modules
 from ..registry import Patch
 from ..wrapping.call import Call, signature
+from ..wrapping.frames import Outside, frames_are_compiled, outside_graphs
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import original_of
 from .answers import answering
+from .decoder import hand_over, running_decoder
 from .found_ordinary import found_ordinary
+from .full_rows import look_at_call
 from .hand_over import is_waiting
 from .kinds import Found, check_takes
 from .labelled import on_labelled_tokens
 from .language_head import predicts_next_tokens
-from .model_call import enter, proceed, seams_of, take_batch
+from .mask import measure
+from .model_call import check_what_is_new, enter, proceed, seams_of, take_batch, tokens_of
 from .pooled import pool, pools
 
 NAME = "head"
@@ -45,14 +51,65 @@ def shown_columns(head: type[Any]) -> tuple[str, ...]:
     return () if "position_ids" in parameters else ("seq_idx",)
 
 
+@torch.compiler.disable(recursive=False)
 def answer(call: Call) -> Any:
-    if is_waiting(call.module):
+    if outside_graphs(is_waiting, call.module):
         return call.proceed()
     batch = _prepare(call)
-    with found_ordinary(call) if batch is None else answering(call.module, batch):
-        if batch is not None and pools(call.module):
+    if batch is None:
+        with Outside(found_ordinary, call, _look_for_decoder(call) if frames_are_compiled() else None):
+            return on_labelled_tokens(call, proceed)
+    if outside_graphs(pools, call.module):
+        with Outside(answering, call.module, batch):
             return pool(call, batch)
+    decoder = _hand_through(call, batch) if frames_are_compiled() else None
+    with Outside(_running, call.module, decoder, batch):
         return on_labelled_tokens(call, proceed)
+
+
+@contextmanager
+def _running(head: nn.Module, decoder: nn.Module | None, batch: PackedBatch) -> Iterator[None]:
+    """Runs a head on a packed batch; with the decoder in it, unless that is None."""
+    with answering(head, batch), nullcontext() if decoder is None else running_decoder(decoder, batch):
+        yield
+
+
+@torch.compiler.disable
+def _look_for_decoder(call: Call) -> nn.Module | None:
+    """Returns the patched decoder in a head, which looks at nothing when torch.compile traces it with the head."""
+    decoder = _decoder_in(call.module)
+    if decoder is not None:
+        look_at_call(decoder, tokens_of(call.arguments), call.arguments.get("attention_mask"), None)
+    return decoder
+
+
+def _decoder_in(head: nn.Module) -> nn.Module | None:
+    """Returns the patched decoder that a head calls. Gemma 3's, of 4.x, has it not as its `base_model`."""
+    for child in (getattr(head, "base_model", head), *head.children()):
+        if child is not head and (opt_in := OptIn.of(child)) is not None and opt_in.layers:
+            return child
+    return None
+
+
+@torch.compiler.disable
+def _hand_through(call: Call, batch: PackedBatch) -> nn.Module | None:
+    """Gives the head of a model the stand-in that it passes on, so that torch.compile makes one graph of both.
+
+    Returns the decoder, which then reads nothing itself; None if it is to be called as it is without torch.compile.
+    """
+    decoder = _decoder_in(call.module)
+    if decoder is None or _reads_mask(call) or (measured := measure(decoder)) is None:
+        return None
+    check_what_is_new(decoder)
+    look_at_call(decoder, tokens_of(call.arguments), None, batch)
+    hand_over(decoder, call.arguments, batch, measured)
+    return decoder
+
+
+def _reads_mask(call: Call) -> bool:
+    """Whether a head reads the mask itself: that of a mixture of experts does, for the loss of its router."""
+    asked = call.arguments.get("output_router_logits")
+    return bool(getattr(call.module.config, "output_router_logits", False) if asked is None else asked)
 
 
 def enter_head(call: Call) -> Any:

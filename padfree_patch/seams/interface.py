@@ -10,6 +10,7 @@ flash-attn: `padfree_patch.seams.flash_attn`.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from ..errors import PadfreeError
 from ..models import implementation_of
 from ..registry import Patch
-from ..wrapping.call import Call
+from ..wrapping.call import Call, signature
 from ..wrapping.opt_in import OptIn
-from ..wrapping.seam import Answer, Concerns, Seam, original_of
+from ..wrapping.seam import Answer, Concerns, Seam, Traced, original_of
 from .kernel import PackedKernel
 from .kinds import Found
 from .stand_in import batch_of, is_stand_in, recipe_of
+from .traced_kernel import TracedKernel, is_causal, operator
 
 NAME = "interface"
 
@@ -44,12 +46,23 @@ def find(model: nn.Module, patch: Patch) -> Found:
     seams = set()
     for namespace in {namespace_of(each) for each in users}:
         if hasattr(sys.modules[namespace], EAGER):
-            seams.add(Seam(namespace, EAGER, is_answered, answer))
-        seams |= mapping_seams(namespace, "sdpa", answer)
+            eager = getattr(sys.modules[namespace], EAGER)
+            seams.add(Seam(namespace, EAGER, is_answered, answer, traced=_traced_for(eager)))
+        seams |= mapping_seams(namespace, "sdpa", answer, traced=traced)
     return Found(frozenset(seams), users)
 
 
-def mapping_seams(namespace: str, implementation: str, answer: Answer, concerns: Concerns | None = None) -> set[Seam]:
+def _traced_for(function: Callable[..., Any]) -> Traced:
+    return traced_with_softcap if "softcap" in signature(original_of(function)).parameters else traced
+
+
+def mapping_seams(
+    namespace: str,
+    implementation: str,
+    answer: Answer,
+    concerns: Concerns | None = None,
+    traced: Traced | None = None,
+) -> set[Seam]:
     """Returns the seam of one entry of the mapping that a modeling file looks functions up in; none if it lacks it."""
     mapping = getattr(sys.modules[namespace], FUNCTIONS)
     if implementation not in mapping:
@@ -57,7 +70,7 @@ def mapping_seams(namespace: str, implementation: str, answer: Answer, concerns:
     # Named after the file that all others have it from: the entry of one mapping must be one seam.
     shared = mapping is getattr(sys.modules["transformers.modeling_utils"], FUNCTIONS, None)
     owner = "transformers.modeling_utils" if shared else namespace
-    return {Seam(f"{owner}:{FUNCTIONS}", implementation, concerns or is_answered, answer)}
+    return {Seam(f"{owner}:{FUNCTIONS}", implementation, concerns or is_answered, answer, traced=traced)}
 
 
 def uses_interface(module: nn.Module, patch: Patch) -> bool:
@@ -128,3 +141,24 @@ def kernel_of(call: Call) -> PackedKernel:
     batch = batch_of(mask, (q.shape[0], q.shape[2]), q.device, call.arguments.get("position_ids"))
     opt_in = OptIn.of(module)
     return PackedKernel(module, batch.sequences, recipe_of(mask), opt_in.backend if opt_in else "auto")
+
+
+def traced(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answers while torch.compile traces, in place of a function that knows no softcap."""
+    return _by_operator(args, kwargs, softcap=0.0)
+
+
+def traced_with_softcap(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answers while torch.compile traces, in place of a function that has a parameter for the softcap."""
+    return _by_operator(args, kwargs, softcap=float(kwargs.get("softcap") or 0.0))
+
+
+def _by_operator(args: tuple[Any, ...], kwargs: dict[str, Any], *, softcap: float) -> Any:
+    """Returns what one operator of the graph gives; NotImplemented for a call that is not plain."""
+    special = any(kwargs.get(name) is not None for name in SPECIAL) or kwargs.get("is_causal") is False
+    if operator is None or len(args) != 5 or special or not is_causal(args[0]):
+        return NotImplemented
+    module, q, k, v, mask = args
+    dropout = float(kwargs.get("dropout") or 0.0)
+    output = TracedKernel(module, mask).attend(q, k, v, scale=kwargs.get("scaling"), dropout=dropout, softcap=softcap)
+    return output.transpose(1, 2), None

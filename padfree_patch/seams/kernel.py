@@ -32,14 +32,15 @@ class PackedKernel:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: nn.Module | None,
         sequences: PackedSequences,
         recipe: Recipe,
         backend: str,
         key_bias: Tensor | None = None,
     ):
-        check_causal(module)  # it may have been switched since apply
-        self.owner = type(module).__name__
+        if module is not None:
+            check_causal(module)  # it may have been switched since apply
+        self.owner = "a layer of a compiled graph" if module is None else type(module).__name__
         """Class of the module, for errors."""
         self.key_bias = key_bias
         """What is added to the scores of each key before they are scaled, (H, B * T), or None."""
@@ -90,7 +91,7 @@ class PackedKernel:
         note_answer(self._module)
         rows, head_dim, of_values, result_dtype = q.shape[0], q.shape[3], v.shape[3], v.dtype
         scale = head_dim**-0.5 if scale is None else scale
-        if (autocast := _autocast_dtype(q, k, v)) is not None:
+        if (autocast := autocast_dtype(q, k, v)) is not None:
             q, k, v = (x.to(autocast) for x in (q, k, v))
             result_dtype = autocast
         wide = max(head_dim, of_values) + (BIAS_CHANNELS if self.key_bias is not None else 0)
@@ -157,7 +158,7 @@ def _working_dtype(backend: attention.Backend, needs: attention.Needs, *tensors:
     return finest
 
 
-def _autocast_dtype(*tensors: Tensor) -> torch.dtype | None:
+def autocast_dtype(*tensors: Tensor) -> torch.dtype | None:
     """Returns what autocast would compute the kernel in: a kernel from outside torch does not see autocast itself.
 
     None if it leaves the kernel alone: it is off, or there is a float64 tensor, which it never casts.

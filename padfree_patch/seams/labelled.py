@@ -31,9 +31,10 @@ from ..batch.labels import IGNORED_LABEL
 from ..batch.shapes import is_unreadable
 from ..errors import PadfreeError
 from ..wrapping.call import Call, signature
+from ..wrapping.frames import outside_graphs, runs_uncompiled
 from ..wrapping.opt_in import OptIn
 from .chunks import in_chunks
-from .hand_over import LabelledTokens, Selected, handing_over
+from .hand_over import LabelledTokens, on_selected
 from .language_head import is_language_head, reads_first_label
 from .model_call import tokens_of
 from .tracing import is_transforming
@@ -73,6 +74,7 @@ def logits_of(model: nn.Module) -> str:
     return next((opt_in.logits for opt_in in OptIn.all_in(model).values()), "all")
 
 
+@runs_uncompiled
 def on_labelled_tokens(call: Call, run: Callable[[Call], Any]) -> Any:
     """Calls upstream's head: on all tokens, or on those that predict a label if the model was patched so.
 
@@ -81,7 +83,7 @@ def on_labelled_tokens(call: Call, run: Callable[[Call], Any]) -> Any:
         run: calls upstream.
     """
     sent = call.arguments.pop("labelled_rows", None)
-    logits, chunk = _asked_for(call.module)
+    logits, chunk = outside_graphs(logits_asked_for, call.module)
     tokens = None if logits == "all" else _labelled_tokens(call, sent)
     if tokens is None:
         return run(call)
@@ -89,11 +91,10 @@ def on_labelled_tokens(call: Call, run: Callable[[Call], Any]) -> Any:
         _check_no_metrics_of_trl(logits)
     if logits == "chunked":
         return in_chunks(call, tokens, chunk, run)
-    with handing_over(Selected(call.module, tokens)):
-        return run(call.changed(**tokens.arguments()))
+    return on_selected(call, tokens, run)
 
 
-def _asked_for(head: nn.Module) -> tuple[str, int]:
+def logits_asked_for(head: nn.Module) -> tuple[str, int]:
     """Returns which logits a head's call is to compute, and in chunks of how many rows."""
     if under_way.logits is not None:
         return under_way.logits

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import versions
 from ..models import pretrained_modules
 from ..registry import Patch
 from ..wrapping.call import Call
-from ..wrapping.seam import Seam
+from ..wrapping.opt_in import OptIn
+from ..wrapping.seam import Seam, original_of
 from .kinds import Found, changed, class_named
-from .stand_in import find_stand_in, with_recipe
-from .window import recipe_of_builder
+from .stand_in import CAUSAL, Measured, as_measured, find_stand_in, with_recipe
+from .window import recipe_before, recipe_of_builder
 
 NAME = "mask"
 
@@ -25,6 +28,9 @@ BUILDER_FUNCTIONS = (
     "create_sliding_window_causal_mask",  # 4.53 on
 )
 """Names that decoders call as globals of their modeling file."""
+
+_TAKE_WINDOWS = BUILDER_FUNCTIONS[:2]
+"""Those whose window is an argument, which only their call says."""
 
 BUILDER_METHODS = (
     "_prepare_decoder_attention_mask",  # 4.34
@@ -45,8 +51,9 @@ def find(model: nn.Module, patch: Patch) -> Found:
 def _builders(patch: Patch, decoder: nn.Module) -> set[Seam]:
     owner = class_named(decoder, patch.decoder)
     namespace = vars(sys.modules[owner.__module__])
-    found = {Seam(owner.__module__, name, concerns, answer) for name in BUILDER_FUNCTIONS if name in namespace}
-    found |= {Seam(owner, name, concerns, answer) for name in BUILDER_METHODS if hasattr(owner, name)}
+    places: list[tuple[type | str, str]] = [(owner.__module__, name) for name in BUILDER_FUNCTIONS if name in namespace]
+    places += [(owner, name) for name in BUILDER_METHODS if hasattr(owner, name)]
+    found = {Seam(*each, concerns, answer, traced=None if each[1] in _TAKE_WINDOWS else traced) for each in places}
     if not found:
         raise changed(
             patch,
@@ -65,3 +72,37 @@ def answer(call: Call) -> Tensor:
     given = find_stand_in(call.arguments.values())
     assert given is not None
     return with_recipe(given, recipe_of_builder(call))
+
+
+def traced(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Answers while torch.compile traces: with what was measured before the call that it traces."""
+    given = find_stand_in((*args, *kwargs.values()))
+    assert given is not None
+    answered = as_measured(given, sliding="sliding" in original.__name__)
+    return NotImplemented if answered is None else answered
+
+
+def measure(decoder: Any) -> Measured | None:
+    """Returns the recipes of a decoder's builders, each from its own answer; None if only their calls say them.
+
+    So it is before 4.48, where attention classes compute their kernels themselves, and are not traced.
+
+    Raises PadfreeError if one builds no causal window.
+    """
+    opt_in = OptIn.of(decoder) if versions.transformers(">=4.48") else None
+    builders = [seam for seam in (opt_in.seams if opt_in is not None else ()) if _is_of(seam, decoder)]
+    recipes = {"sliding" in seam.name: recipe_before(_builder(seam), decoder) for seam in builders}
+    return Measured(recipes.get(False, CAUSAL), recipes.get(True, CAUSAL)) if recipes else None
+
+
+def _is_of(seam: Seam, decoder: nn.Module) -> bool:
+    """Whether a seam is a builder of a decoder, and one whose recipe can be measured before it is called."""
+    if seam.traced is not traced:
+        return False
+    return isinstance(decoder, seam.owner) if isinstance(seam.owner, type) else True
+
+
+def _builder(seam: Seam) -> Callable[..., Tensor | None]:
+    holder = sys.modules[seam.owner] if isinstance(seam.owner, str) else seam.owner
+    builder: Callable[..., Tensor | None] = original_of(getattr(holder, seam.name))
+    return builder

@@ -14,9 +14,10 @@ from ..batch.lengths import LENGTH_ARGUMENTS
 from ..batch.packed_batch import PackedBatch, batch_of_copy, read_batch
 from ..errors import PadfreeError
 from ..wrapping.call import Call, takes_unnamed
+from ..wrapping.frames import is_tracing, outside_graphs, runs_uncompiled
 from ..wrapping.opt_in import OptIn
-from ..wrapping.seam import Answer, Concerns, Seam, is_wrapper, original_of
-from .found_ordinary import is_found_ordinary
+from ..wrapping.seam import Answer, Concerns, Seam, Traced, is_wrapper, original_of
+from .found_ordinary import is_found_ordinary, is_handed_on
 from .full_rows import look_at_bare_call, settle
 from .hand_over import is_awaited
 from .jump import say_jump
@@ -41,7 +42,7 @@ def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return False
     if opt_in.logits != "all" and (kwargs.get("labels") is not None or is_awaited(args[0])):
         return True
-    if is_stand_in(kwargs.get("attention_mask")):
+    if is_stand_in(kwargs.get("attention_mask")) or (is_tracing() and is_handed_on(args[0], kwargs)):
         return False
     tokens = args[1] if len(args) > 1 else kwargs.get("input_ids")
     if tokens is not None and not isinstance(tokens, Tensor):
@@ -68,6 +69,7 @@ def seams_of(
     entry: Answer,
     shown: Callable[[type], tuple[str, ...]] = lambda _: (),
     concerned: Concerns | None = None,
+    traced: Traced | None = None,
 ) -> set[Seam]:
     """Returns the seams of a model's forward, and of `__call__`, which reaches us if somebody replaces the forward.
 
@@ -81,8 +83,8 @@ def seams_of(
         if not takes_unnamed(original_of(vars(base)["forward"])):
             break
         entered.append(below)
-    seams = {Seam(each, "forward", concerned, answer, shown(each)) for each in entered}
-    return seams | {Seam(type(model), "__call__", concerned, entry)}
+    seams = {Seam(each, "forward", concerned, answer, shown(each), traced=traced) for each in entered}
+    return seams | {Seam(type(model), "__call__", concerned, entry, traced=traced)}
 
 
 @torch.compiler.disable(recursive=False)
@@ -92,7 +94,7 @@ def enter(call: Call, answer: Answer) -> Any:
     Theirs may well call ours, which then finds the batch that was read.
     """
     forward = call.module.forward
-    if is_wrapper(forward):
+    if outside_graphs(is_wrapper, forward):
         return call.proceed()
     by_name = getattr(forward, "__func__", None) or original_of(type(call.module).forward)
     return answer(call.named_like(by_name))
@@ -226,6 +228,7 @@ def _read(call: Call, lengths: dict[str, Any]) -> PackedBatch | None:
     return batch
 
 
+@runs_uncompiled
 def proceed(call: Call) -> Any:
     """Calls upstream. Many versions serve a batch of no tokens.
 
@@ -246,6 +249,7 @@ def _empty_input(call: Call, tokens: Tensor) -> PadfreeError:
     return PadfreeError(f"{type(call.module).__name__}: empty input, the tokens have shape {tuple(tokens.shape)}")
 
 
+@runs_uncompiled
 def tokens_of(arguments: dict[str, Any]) -> Tensor | None:
     """Returns input_ids (B, T), or inputs_embeds (B, T, D) if those are given instead; None if neither is."""
     tokens: Tensor | None = arguments.get("input_ids")

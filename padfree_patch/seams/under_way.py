@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 
 class _UnderWay(threading.local):
-    batch: PackedBatch | None = None
-    kernel: PackedKernel | None = None
-    generating: frozenset[int] = frozenset()
-    answers: Answers | None = None
-    masks: dict[Hashable, Any] | None = None
-    handed: Handed | None = None
-    logits: tuple[str, int] | None = None
+    def __init__(self) -> None:  # no defaults of the class: of them torch.compile makes no guards
+        self.batch: PackedBatch | None = None
+        self.kernel: PackedKernel | None = None
+        self.generating: frozenset[int] = frozenset()
+        self.answers: Answers | None = None
+        self.masks: dict[Hashable, Any] | None = None
+        self.handed: Handed | None = None
+        self.logits: tuple[str, int] | None = None
 
 
 under_way = _UnderWay()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..batch.cache import MISSING, LastUsed
 from ..errors import PadfreeError
-from ..wrapping.call import Call
+from ..wrapping.call import Call, signature
 from .stand_in import CAUSAL, Recipe
 
 _PROBE_TOKENS, _PROBE_WINDOW = 8, 4
@@ -47,6 +47,18 @@ def recipe_of_builder(call: Call) -> Recipe:
         (k, str(v)) for k, v in sorted(vars(config).items()) if "window" in k or "layer_type" in k or "attn" in k
     )
     return _recipe(call.original, size, functools.partial(_probe_with_config, arguments, owner, config), facts)
+
+
+def recipe_before(builder: Build, owner: Any) -> Recipe:
+    """Returns how a builder of a decoder, its method or a function that reads its config, will mask one sequence.
+
+    Raises PadfreeError as `recipe_of_builder`.
+    """
+    parameters = signature(builder).parameters.values()
+    named = (each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD))
+    required = [each.name for each in named if each.default is each.empty]
+    known = {"self": owner, "config": owner.config}
+    return recipe_of_builder(Call(builder, (), {name: known.get(name) for name in required}))
 
 
 def _recipe(original: Build, size: int, probe: Callable[[Build], Tensor | None], facts: Hashable) -> Recipe:

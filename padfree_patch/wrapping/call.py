@@ -9,6 +9,8 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .frames import outside_graphs, runs_uncompiled
+
 _names: weakref.WeakKeyDictionary[Callable[..., Any], tuple[tuple[str, ...], bool]] = weakref.WeakKeyDictionary()
 _signatures: weakref.WeakKeyDictionary[Callable[..., Any], inspect.Signature] = weakref.WeakKeyDictionary()
 
@@ -111,8 +113,14 @@ class Call:
         named.original = self.original
         return named
 
+    @runs_uncompiled
     def proceed(self) -> Any:
         """Calls the function itself, with what came by position at its position: it may have other names for it."""
+        given, arguments = outside_graphs(self._sent)
+        return self.original(*given, *self._rest, **arguments)
+
+    def _sent(self) -> tuple[list[Any], dict[str, Any]]:
+        """Returns what goes by position, and the rest by name."""
         arguments, given = dict(self.arguments), []
         parameters = signature(self._like).parameters
         for name in self.names[: self._by_position(parameters)]:
@@ -121,7 +129,7 @@ class Call:
             ):
                 break  # it was taken out, and the function says what is missing
             given.append(arguments.pop(name) if name in arguments else parameters[name].default)
-        return self.original(*given, *self._rest, **arguments)
+        return given, arguments
 
     def _by_position(self, parameters: Mapping[str, inspect.Parameter]) -> int:
         """Returns how many arguments go by position: those that came so, and those that can go in no other way."""

@@ -18,6 +18,7 @@ from torch import nn
 from .. import versions
 from ..adapters import Adapters, adapters_of, are_same
 from ..errors import PadfreeError
+from .frames import graph_is_made
 from .seam import ORIGINAL, Seam, installed, lock, waiting
 
 ATTRIBUTE = "_padfree_patch"
@@ -189,9 +190,11 @@ def _remove_unneeded() -> None:
 def _one_is_gone() -> None:
     """Takes out the seams of a model that was dropped without `restore`.
 
-    Called by the garbage collector, in the midst of anything, so it waits for no other thread: if one has the lock, the
-    seams stay until the next `restore` or the next model that goes.
+    Called by the garbage collector, in the midst of anything, so it waits for no other thread: if one has the lock, or
+    torch.compile makes a graph, the seams stay until the next `restore` or the next model that goes.
     """
+    if graph_is_made():
+        return
     if lock.acquire(blocking=False):
         try:
             _remove_unneeded()

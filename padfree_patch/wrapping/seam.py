@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .call import Call, named_twice
+from .frames import frames_are_compiled, is_tracing, outside_graphs, runs_uncompiled
 from .later_imports import when_imported
 
 ORIGINAL = "__padfree_original__"
@@ -25,6 +26,10 @@ _CLASS = "class "
 
 Concerns = Callable[[tuple[Any, ...], dict[str, Any]], bool]
 Answer = Callable[[Call], Any]
+Traced = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""An answer that torch.compile traces, given the function itself and the arguments of the call.
+
+NotImplemented where it can't trace one: then the graph breaks, and `answer` answers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Seam:
     """Names of arguments that the wrapper takes beside the function's own, and shows in its signature."""
     optional: bool = False
     """Whether the place may be missing: it is wrapped as soon as somebody imports it, and left alone before."""
+    traced: Traced | None = None
+    """What happens there while torch.compile traces; None if the graph always breaks there."""
 
     def __str__(self) -> str:
         if isinstance(self.owner, str):
@@ -81,7 +88,7 @@ class Seam:
             if any(holder is each.holder and own is each.wrapper for each in here):
                 return
             current = holder[self.name] if isinstance(holder, dict) else getattr(holder, self.name)
-            wrapper: Any = wrapped(current, self.concerns, self.answer, self.takes)
+            wrapper: Any = wrapped(current, self.concerns, self.answer, self.takes, self.traced)
             if isinstance(own, staticmethod):
                 wrapper = staticmethod(wrapper)
             here.append(Installed(holder, own, wrapper))
@@ -131,7 +138,6 @@ installed: dict[Seam, list[Installed]] = {}
 """More than one for a seam if a module of remote code was loaded again under its name, or if somebody replaced our
 wrapper and the seam was installed again: the newest is last."""
 
-
 waiting: set[Seam] = set()
 """Optional seams that models need, and that nobody has imported yet."""
 
@@ -155,12 +161,25 @@ def _install_waiting(module: types.ModuleType) -> None:
 
 
 def wrapped(
-    original: Callable[..., Any], concerns: Concerns, answer: Answer, takes: tuple[str, ...] = ()
+    original: Callable[..., Any],
+    concerns: Concerns,
+    answer: Answer,
+    takes: tuple[str, ...] = (),
+    traced: Traced | None = None,
 ) -> Callable[..., Any]:
     """Returns a plain function that answers the calls which concern us and passes all others on."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not concerns(args, kwargs) or named_twice(original, args, kwargs):
+        if not is_tracing() and frames_are_compiled():
+            made = outside_graphs(_call_of, original, concerns, args, kwargs)
+            return original(*args, **kwargs) if made is None else answer(made)
+        if not concerns(args, kwargs):
+            return original(*args, **kwargs)
+        if traced is not None and is_tracing():
+            answered = traced(original, args, kwargs)
+            if answered is not NotImplemented:
+                return answered
+        if named_twice(original, args, kwargs):
             return original(*args, **kwargs)
         return answer(Call(original, args, kwargs))
 
@@ -169,6 +188,15 @@ def wrapped(
     call.__signature__ = _with_keywords(inspect.signature(original), takes)  # type: ignore[attr-defined]
     setattr(call, ORIGINAL, original)
     return call
+
+
+def _call_of(
+    original: Callable[..., Any], concerns: Concerns, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Call | None:
+    """Returns a call that concerns us, or None."""
+    if not concerns(args, kwargs) or named_twice(original, args, kwargs):
+        return None
+    return Call(original, args, kwargs)
 
 
 class _Shown:
@@ -210,7 +238,7 @@ def _with_keywords(signature: inspect.Signature, names: tuple[str, ...]) -> insp
     return signature.replace(parameters=[*before, *([] if any_keyword else [last]), *more, *any_keyword])
 
 
-_WRAPPER_CODE = wrapped(lambda *_: None, lambda args, kwargs: False, lambda call: None).__code__
+_WRAPPER_CODE = runs_uncompiled(wrapped(lambda *_: None, lambda args, kwargs: False, lambda call: None)).__code__
 
 
 def is_wrapper(function: object) -> bool:
