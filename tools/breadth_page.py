@@ -29,8 +29,8 @@ gradients again under both kinds of gradient checkpointing.
 
 - **patch**: exact, and the architecture is registered: the tables further down say more.
 - **fast**: exact; no patch is registered, and `apply` found the way by itself. Attention goes to a varlen kernel \
-(with sinks on the CPU only: elsewhere it runs on each sequence); what else mixes tokens (*mixers*: state-space models, \
-convolutions, linear attention) runs on each sequence.
+(with sinks on the CPU only: elsewhere it runs on each sequence); what else mixes tokens (*mixers*: state-space \
+models, convolutions, linear attention) runs on each sequence.
 - **per sequence**, **per layer**: exact; upstream's own attention, or layer, runs on each sequence.
 - **named modules**: also modules that `verify` named, such as position embeddings, run on each sequence.
 - **no checkpointing**: gradient checkpointing is refused.

@@ -31,9 +31,9 @@ def make():
 @pytest.fixture
 def replace(make, monkeypatch):
     """Returns a function that puts another in the place of upstream's attention function."""
+    make()  # skips where there is none
     from transformers.models.gpt_oss import modeling_gpt_oss
 
-    make()  # skips where there is none
     own = modeling_gpt_oss.eager_attention_forward
 
     def replace(function):
