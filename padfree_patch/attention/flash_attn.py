@@ -25,6 +25,7 @@ NAME = "flash_attn"
 ANY_VALUE_SIZE = False
 KNOWS_PROMPTS = True
 KNOWS_SINKS = False
+KNOWS_KEY_BIAS = False
 
 
 def refusal(needs: Needs) -> str | None:
@@ -57,13 +58,14 @@ def attend(
     softcap: float = 0.0,
     dropout: float = 0.0,
     sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Computes attention (`Backend.attend`).
 
     Raises PadfreeError if the batch exceeds what the kernel can index (`check_int32_bound`).
     """
     check_shapes(q, k, v, sequences)
-    assert sinks is None, "the selector never sends sinks here"
+    assert sinks is None and key_bias is None, "the selector never sends either here"
     check_int32_bound(sequences, heads=q.shape[1], head_dim=q.shape[2])
     triton = os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE", "FALSE") == "TRUE"  # as the package itself asks
     if triton:  # its backward reads k, v and the output's gradient with the strides of others, without an error

@@ -20,6 +20,7 @@ NAME = "flash_attn_3"
 ANY_VALUE_SIZE = False
 KNOWS_PROMPTS = True
 KNOWS_SINKS = False
+KNOWS_KEY_BIAS = False
 
 REQUIRED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 """The arguments without a default that `attend` passes; builds of 2024 require more than these."""
@@ -53,10 +54,11 @@ def attend(
     softcap: float = 0.0,
     dropout: float = 0.0,
     sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Computes attention (`Backend.attend`)."""
     check_shapes(q, k, v, sequences)
-    assert not dropout and sinks is None, "the selector never sends either here"
+    assert not dropout and sinks is None and key_bias is None, "the selector never sends any of them here"
     output = call_varlen_func(_varlen_func(), q, k, v, sequences, scale=scale, window=window, softcap=softcap)
     output = output[0] if isinstance(output, tuple) else output  # builds of 2024 return the log-sum-exp as well
     return refuse_second_derivatives(output, NAME)

@@ -34,6 +34,7 @@ NAME = "flex"
 ANY_VALUE_SIZE = True
 KNOWS_PROMPTS = True
 KNOWS_SINKS = False
+KNOWS_KEY_BIAS = False
 
 BLOCK = 128
 """Queries and keys per block: what the kernel is tuned for."""
@@ -80,10 +81,11 @@ def attend(
     softcap: float = 0.0,
     dropout: float = 0.0,
     sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Computes attention (`Backend.attend`)."""
     check_shapes(q, k, v, sequences)
-    assert not dropout and sinks is None, "the selector never sends either here"
+    assert not dropout and sinks is None and key_bias is None, "the selector never sends any of them here"
     of_values = v.shape[2]
     v = F.pad(v, (0, max(0, SMALLEST_HEAD - of_values)))
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, heads, T, D)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import versions
 from ..batch.sequences import PackedSequences
-from . import cpu
+from . import cpu, cpu_products
+from .key_bias import with_key_bias
 from .per_sequence import chunk_size, working_dtype
 from .prompts import split_with_seen_keys
 from .second_order import transformed
@@ -29,6 +31,7 @@ NAME = "sdpa"
 ANY_VALUE_SIZE = True
 KNOWS_PROMPTS = True
 KNOWS_SINKS = True
+KNOWS_KEY_BIAS = True
 
 
 def refusal(needs: Needs) -> str | None:
@@ -49,16 +52,23 @@ def attend(
     softcap: float = 0.0,
     dropout: float = 0.0,
     sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Computes attention, on any device and with every option (`Backend.attend`)."""
     check_shapes(q, k, v, sequences)
-    on_cpu = q.device.type == "cpu"
-    # The public function has no softcap, and on the CPU no dropout without all scores of a sequence in memory. Nor does
-    # anything but matrix products know every transform of torch.func.
-    by_matmuls = bool(softcap) or (bool(dropout) and on_cpu) or transformed(q, k, v, sinks)
-    if on_cpu and not by_matmuls and cpu.works():
+    on_cpu, in_torch_func = q.device.type == "cpu", transformed(q, k, v, sinks)
+    beyond_the_operators = bool(softcap) or bool(dropout) or key_bias is not None
+    if on_cpu and not in_torch_func and not beyond_the_operators and cpu.works():
         return cpu.attend(q, k, v, sequences, scale=scale, window=window, sinks=sinks)
-    by_matmuls = by_matmuls or sinks is not None
+    if on_cpu and not in_torch_func and (beyond_the_operators or sinks is not None):
+        options: dict[str, Any] = {"window": window, "softcap": softcap, "dropout": dropout, "sinks": sinks}
+        return cpu_products.attend(q, k, v, sequences, scale=scale, key_bias=key_bias, **options)
+    of_values = v.shape[2]
+    if key_bias is not None:
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in with_key_bias(q, k, v, key_bias))
+    # The public function has no softcap. Nor does anything but matrix products know every transform of torch.func.
+    by_matmuls = bool(softcap) or in_torch_func
     attend_chunk: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     if by_matmuls:
         attend_chunk = functools.partial(_matmuls, sinks=sinks, scale=scale, softcap=softcap, dropout=dropout)
@@ -72,7 +82,8 @@ def attend(
             else:
                 output = _sdpa(q_, k_, v_, scale=scale, dropout=dropout, is_causal=True)
             outputs.append(output.squeeze(0).transpose(0, 1))  # (length, H, D)
-    return torch.cat(outputs)
+    output = torch.cat(outputs)
+    return output if key_bias is None else output[..., :of_values]
 
 
 @contextlib.contextmanager

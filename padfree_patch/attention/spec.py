@@ -50,6 +50,8 @@ class Backend(Protocol):
     """Whether sequences may go on from prompts that they share (`PackedSequences.prefixes`)."""
     KNOWS_SINKS: bool
     """Whether heads may have sinks."""
+    KNOWS_KEY_BIAS: bool
+    """Whether it adds a bias to the scores of keys; if not, its caller hides the bias in channels (`key_bias`)."""
 
     def refusal(self, needs: Needs) -> str | None:
         """Says why this backend can't do what a call needs; None if it can."""
@@ -67,6 +69,7 @@ class Backend(Protocol):
         softcap: float = 0.0,
         dropout: float = 0.0,
         sinks: Tensor | None = None,
+        key_bias: Tensor | None = None,
     ) -> Tensor:
         """Computes causal attention inside each sequence, never across two.
 
@@ -84,6 +87,7 @@ class Backend(Protocol):
             softcap: scores become softcap * tanh(scores / softcap); 0 for none.
             dropout: probability with which an attention weight is dropped.
             sinks: (H,), one more logit of each head in every softmax, whose weight goes nowhere; None for none.
+            key_bias: (H, T), added to the scores of each key before they are scaled, without a gradient; None for none.
 
         Returns (T, H, D), in the dtype of q.
         """

@@ -25,6 +25,7 @@ NAME = "torch_varlen"
 ANY_VALUE_SIZE = False
 KNOWS_PROMPTS = True
 KNOWS_SINKS = False
+KNOWS_KEY_BIAS = False
 
 
 def refusal(needs: Needs) -> str | None:
@@ -53,10 +54,11 @@ def attend(
     softcap: float = 0.0,
     dropout: float = 0.0,
     sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Computes attention (`Backend.attend`)."""
     check_shapes(q, k, v, sequences)
-    assert not softcap and not dropout and sinks is None, "the selector never sends any of them here"
+    assert not softcap and not dropout and sinks is None and key_bias is None, "the selector never sends any here"
     function, keys = _varlen_attn(), seen_keys(sequences)
     grouped = {"enable_gqa": True} if "enable_gqa" in _arguments(function) else {}
     output = function(

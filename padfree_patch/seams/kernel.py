@@ -10,16 +10,17 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import attention
+from ..attention.key_bias import BIAS_CHANNELS, with_key_bias
 from ..batch.sequences import PackedSequences
 from ..errors import PadfreeError
 from .answers import note_answer
-from .key_bias import BIAS_CHANNELS, with_key_bias
 from .kinds import check_causal
 from .stand_in import Recipe
 
@@ -101,16 +102,16 @@ class PackedKernel:
             backends.add(backend.NAME)
         dtype = _working_dtype(backend, needs, q, k, v)
         q, k, v = (x.to(dtype) for x in (q, k, v))
-        if self.key_bias is not None:
-            q, k, v = with_key_bias(q, k, v, self.key_bias)
+        bias = self.key_bias
+        if bias is not None and not backend.KNOWS_KEY_BIAS:
+            (q, k, v), bias = with_key_bias(q, k, v, bias), None
         if head_dim != of_values and not backend.ANY_VALUE_SIZE:  # channels of zeros change no score and no value
             q, k, v = (F.pad(x, (0, wide - x.shape[3])) for x in (q, k, v))
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, heads, D)
+        options: dict[str, Any] = {"window": window, "softcap": softcap, "dropout": dropout}
         self.attending = True
         try:
-            output = backend.attend(
-                q, k, v, self._sequences, scale=scale, window=window, softcap=softcap, dropout=dropout, sinks=sinks
-            )
+            output = backend.attend(q, k, v, self._sequences, scale=scale, sinks=sinks, key_bias=bias, **options)
         finally:
             self.attending = False
         return output[..., :of_values].to(result_dtype).unflatten(0, (rows, -1)).transpose(1, 2)

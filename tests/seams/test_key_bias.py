@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from padfree_patch import PackedSequences
+from padfree_patch.attention import key_bias, sdpa
 from padfree_patch.attention.exact_parts import parts_of
-from padfree_patch.seams import key_bias
 from padfree_patch.seams.kernel import PackedKernel
 from padfree_patch.seams.stand_in import CAUSAL
 
@@ -51,11 +51,15 @@ def test_bias_on_keys_is_not_rounded(monkeypatch, dtype, slope, autocast):
 
     bounds = [2 * error for error in errors(written_out(*half, bias), half)]
     assert all(error <= bound for error, bound in zip(ours(), bounds, strict=True))
+    monkeypatch.setattr(sdpa, "KNOWS_KEY_BIAS", False)  # as other backends, which get it in channels
+    assert all(error <= bound for error, bound in zip(ours(), bounds, strict=True))
     monkeypatch.setattr(key_bias, "parts_of", lambda x, dtype: parts_of(x, dtype) * torch.tensor([1, 0, 0]))
     assert any(error > bound for error, bound in zip(ours(), bounds, strict=True))
 
 
-def test_bias_that_is_infinite_hides_its_key():
+@pytest.mark.parametrize("in_channels", [False, True])
+def test_bias_that_is_infinite_hides_its_key(monkeypatch, in_channels):
+    monkeypatch.setattr(sdpa, "KNOWS_KEY_BIAS", not in_channels)
     half, exact = half_and_exact(torch.float16, 5)
     bias = torch.zeros(4, 5)
     bias[:, [0, 2]] = -torch.inf
