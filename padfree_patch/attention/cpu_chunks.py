@@ -16,13 +16,16 @@ from torch import Tensor
 from ..batch.sequences import PackedSequences
 from .prompts import seen_keys
 
-ROWS, SCORES = 64, 2**21
-"""Most queries of a chunk, and most scores, unless fewer than 16 queries would be left: what caches hold."""
+QUERIES, SCORES = 64, 2**18
+"""Most queries of a chunk, and most scores, unless they are 16 queries of one key head: three times that many numbers
+lie in a core's cache. Measured on two x86 cores with AVX-512, 2 MB of cache each: benchmarks/attention.py."""
 
 
 class Chunk(NamedTuple):
     """Queries of one sequence, and the keys from the first that any of them sees to the last."""
 
+    heads: slice
+    """Key heads; a chunk has the query heads that share them."""
     queries: slice
     """In the row's tokens."""
     keys: slice
@@ -48,22 +51,23 @@ def _triangles(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return full.triu(1)[:, None], full.tril(-1)[:, None]
 
 
-def chunks_of(sequences: PackedSequences, window: int, heads: int) -> Iterator[Chunk]:
-    """Yields the chunks of all sequences, always in the same order."""
+def chunks_of(sequences: PackedSequences, window: int, key_heads: int, groups: int) -> Iterator[Chunk]:
+    """Yields the chunks of all sequences, always in the same order: those of the same queries one after another."""
     seen = seen_keys(sequences)
     queries_begin = keys_begin = 0
     for length, keys in zip(sequences.lengths, seen.lengths or sequences.lengths):
         sees = min(window or keys, keys)
-        count = min(ROWS, max(16, SCORES // (heads * sees)))
+        count = min(QUERIES, max(16, SCORES // (groups * sees)))
         before = keys - length
         for start in range(0, length, count):
             stop = min(start + count, length)
             first = before + start - sees + 1  # the oldest key that the first query sees, if there were so many
-            yield Chunk(
-                slice(queries_begin + start, queries_begin + stop),
-                slice(keys_begin + max(first, 0), keys_begin + before + stop),
-                max(-first, 0) if sees < keys else -1,
-            )
+            queries = slice(queries_begin + start, queries_begin + stop)
+            seen_here = slice(keys_begin + max(first, 0), keys_begin + before + stop)
+            hidden = max(-first, 0) if sees < keys else -1
+            together = max(1, SCORES // ((stop - start) * groups * (seen_here.stop - seen_here.start)))
+            for head in range(0, key_heads, together):
+                yield Chunk(slice(head, min(head + together, key_heads)), queries, seen_here, hidden)
         queries_begin, keys_begin = queries_begin + length, keys_begin + keys
 
 
@@ -77,8 +81,3 @@ def tokens_first(x: Tensor, tokens: int) -> Tensor:
     """Copies (K, T * G, D) to (T, H, D)."""
     key_heads, _, size = x.shape
     return x.view(key_heads, tokens, -1).transpose(0, 1).reshape(tokens, -1, size)
-
-
-def rows_of(chunk: Chunk, groups: int) -> slice:
-    """Returns where the queries of a chunk lie in (K, T * G, D)."""
-    return slice(chunk.queries.start * groups, chunk.queries.stop * groups)

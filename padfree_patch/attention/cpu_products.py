@@ -17,6 +17,7 @@ is the gradient of x.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..batch.sequences import PackedSequences
-from .cpu_chunks import Chunk, chunks_of, heads_first, rows_of, tokens_first
+from .cpu_chunks import Chunk, chunks_of, heads_first, tokens_first
 from .dropped import Kept, factor_of_kept, seed_of_call
 from .per_sequence import working_dtype
 from .prompts import seen_keys
@@ -92,9 +93,13 @@ class _Row(NamedTuple):
         return self.q.shape[1] // self.options.sequences.total
 
     def shape(self, chunk: Chunk) -> tuple[int, int, int]:
-        """Returns the shape of a chunk's scores, (K, queries * G, keys)."""
-        rows, keys = ((each.stop - each.start) for each in (chunk.queries, chunk.keys))
-        return self.k.shape[0], rows * self.groups, keys
+        """Returns the shape of a chunk's scores, (key heads, queries * G, keys)."""
+        heads, queries, keys = ((each.stop - each.start) for each in chunk[:3])
+        return heads, queries * self.groups, keys
+
+    def rows(self, chunk: Chunk) -> tuple[slice, slice]:
+        """Returns where the queries of a chunk lie in (K, T * G, ...)."""
+        return chunk.heads, slice(chunk.queries.start * self.groups, chunk.queries.stop * self.groups)
 
 
 def _row(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, options: Options) -> _Row:
@@ -103,7 +108,7 @@ def _row(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, options: Opti
     if key_bias is not None:
         seen = keys.gather(key_bias.to(dtype).clamp(-_LARGEST, _LARGEST).t())  # (S, H)
         bias = (options.scale * seen).t().reshape(key_heads, 1, -1, seen.shape[0]).contiguous()
-    chunks = tuple(chunks_of(options.sequences, options.window, q.shape[1]))
+    chunks = tuple(chunks_of(options.sequences, options.window, key_heads, q.shape[1] // key_heads))
     q, k, v = (heads_first(x, key_heads, dtype) for x in (q, keys.gather(k), keys.gather(v)))
     return _Row(q, k, v, bias, options, chunks)
 
@@ -174,10 +179,10 @@ def _scores(row: _Row, chunk: Chunk, scores: Tensor, capped: Tensor) -> Tensor:
     """
     softcap = row.options.softcap
     factor = row.options.scale / softcap if softcap else row.options.scale * _LOG2E
-    q, k = row.q[:, rows_of(chunk, row.groups)], row.k[:, chunk.keys].transpose(1, 2)
+    q, k = row.q[row.rows(chunk)], row.k[chunk.heads, chunk.keys].transpose(1, 2)
     torch.baddbmm(scores.new_empty(()), q, k, beta=0, alpha=factor, out=scores)
     if row.bias is not None:
-        bias = row.bias[..., chunk.keys] * (1 / softcap if softcap else _LOG2E)
+        bias = row.bias[chunk.heads, ..., chunk.keys] * (1 / softcap if softcap else _LOG2E)
         scores.view(scores.shape[0], -1, row.groups, scores.shape[2]).add_(bias)
     if softcap:
         scores = torch.mul(scores.tanh_(), softcap * _LOG2E, out=capped)
@@ -196,16 +201,16 @@ def _forward(row: _Row) -> tuple[Tensor, Tensor]:
     lse = row.q.new_empty(*row.q.shape[:2], 1)
     space = _Space(row, 2 if kept else 1)
     for chunk in row.chunks:
-        rows, (block, *other) = rows_of(chunk, row.groups), space.blocks(chunk)
+        rows, (block, *other) = row.rows(chunk), space.blocks(chunk)
         scores = _scores(row, chunk, block, block)
         largest = scores.amax(-1, keepdim=True)
         weights = _exp2(scores.sub_(largest), row)
         total = weights.sum(-1, keepdim=True)
         if kept is not None:
             weights.mul_(kept.fill(other[0]))
-        torch.bmm(weights, row.v[:, chunk.keys], out=out[:, rows])
-        out[:, rows] *= factor / total
-        torch.add(largest / _LOG2E, total.log(), out=lse[:, rows])
+        torch.bmm(weights, row.v[chunk.heads, chunk.keys], out=out[rows])
+        out[rows] *= factor / total
+        torch.add(largest / _LOG2E, total.log(), out=lse[rows])
     return out, lse
 
 
@@ -216,21 +221,21 @@ def _backward(row: _Row, dout: Tensor, delta: Tensor, lse: Tensor) -> tuple[Tens
     dq, dk, dv = torch.empty_like(row.q), torch.zeros_like(row.k), torch.zeros_like(row.v)
     space = _Space(row, 2 + bool(options.softcap) + (kept is not None))
     for chunk in row.chunks:
-        rows, keys, blocks = rows_of(chunk, row.groups), chunk.keys, space.blocks(chunk)
+        rows, keys, blocks = row.rows(chunk), (chunk.heads, chunk.keys), space.blocks(chunk)
         scores, dscores, last = blocks[0], blocks[1], blocks[-1]
-        weights = _exp2(_scores(row, chunk, scores, blocks[2] if options.softcap else scores).sub_(lse[:, rows]), row)
-        torch.bmm(dout[:, rows], row.v[:, keys].transpose(1, 2), out=dscores)
+        weights = _exp2(_scores(row, chunk, scores, blocks[2] if options.softcap else scores).sub_(lse[rows]), row)
+        torch.bmm(dout[rows], row.v[keys].transpose(1, 2), out=dscores)
         used = weights
         if kept is None:
-            dscores.sub_(delta[:, rows]).mul_(weights)
+            dscores.sub_(delta[rows]).mul_(weights)
         else:
             used = kept.fill(last).mul_(weights)
-            dscores.mul_(used).addcmul_(weights, delta[:, rows], value=-1)
+            dscores.mul_(used).addcmul_(weights, delta[rows], value=-1)
         if options.softcap:
             dscores.addcmul_(dscores, scores.square_(), value=-1)  # scores are tanh(...) here
-        dv[:, keys].baddbmm_(used.transpose(1, 2), dout[:, rows])
-        dk[:, keys].baddbmm_(dscores.transpose(1, 2), row.q[:, rows], alpha=options.scale)
-        torch.baddbmm(dq.new_empty(()), dscores, row.k[:, keys], beta=0, alpha=options.scale, out=dq[:, rows])
+        dv[keys].baddbmm_(used.transpose(1, 2), dout[rows])
+        dk[keys].baddbmm_(dscores.transpose(1, 2), row.q[rows], alpha=options.scale)
+        torch.baddbmm(dq.new_empty(()), dscores, row.k[keys], beta=0, alpha=options.scale, out=dq[rows])
     return dq, dk, dv
 
 
@@ -248,25 +253,27 @@ def _gradients_with_gradients(
 
 def _written_out(row: _Row, sinks: Tensor | None) -> Tensor:
     """Computes what `_forward` does, (T, H, size of v), without writing over anything."""
-    options, kept, outputs = row.options, row.options.kept(), []
-    for chunk in row.chunks:
-        q, k = row.q[:, rows_of(chunk, row.groups)], row.k[:, chunk.keys]
-        scores = options.scale * q @ k.transpose(1, 2)
-        if row.bias is not None:
-            scores = (scores.unflatten(1, (-1, row.groups)) + row.bias[..., chunk.keys]).flatten(1, 2)
-        scores = options.softcap * (scores / options.softcap).tanh() if options.softcap else scores
-        scores = scores + chunk.hide(torch.zeros_like(scores))
-        weights = _softmax(scores, sinks, row.groups)
-        if kept is not None:
-            weights = weights * (factor_of_kept(options.dropout) * kept.fill(torch.empty_like(scores)))
-        outputs.append(weights @ row.v[:, chunk.keys])
-    return tokens_first(torch.cat(outputs, dim=1), options.sequences.total)
+    kept, outputs = row.options.kept(), []
+    for _, chunks in itertools.groupby(row.chunks, key=lambda chunk: chunk.queries.start):
+        outputs.append(torch.cat([_written_out_chunk(row, chunk, sinks, kept) for chunk in chunks]))
+    return tokens_first(torch.cat(outputs, dim=1), row.options.sequences.total)
 
 
-def _softmax(scores: Tensor, sinks: Tensor | None, groups: int) -> Tensor:
-    """Computes the weights of scores (K, queries * G, keys), beside those of sinks (H,)."""
+def _written_out_chunk(row: _Row, chunk: Chunk, sinks: Tensor | None, kept: Kept | None) -> Tensor:
+    """Computes one chunk, (key heads, queries * G, size of v)."""
+    options, keys = row.options, (chunk.heads, chunk.keys)
+    scores = options.scale * row.q[row.rows(chunk)] @ row.k[keys].transpose(1, 2)
+    if row.bias is not None:
+        by_head = scores.unflatten(1, (-1, row.groups)) + row.bias[chunk.heads, ..., chunk.keys]
+        scores = by_head.flatten(1, 2)
+    scores = options.softcap * (scores / options.softcap).tanh() if options.softcap else scores
+    scores = scores + chunk.hide(torch.zeros_like(scores))
     if sinks is None:
-        return scores.softmax(-1)
-    of_heads = sinks.to(scores.dtype).view(scores.shape[0], 1, groups)
-    column = of_heads.expand(-1, scores.shape[1] // groups, -1).reshape(scores.shape[0], -1, 1)
-    return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+        weights = scores.softmax(-1)
+    else:
+        of_heads = sinks.to(scores.dtype).view(-1, 1, row.groups)[chunk.heads]
+        column = of_heads.expand(-1, scores.shape[1] // row.groups, -1).reshape(*scores.shape[:2], 1)
+        weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+    if kept is not None:
+        weights = weights * (factor_of_kept(options.dropout) * kept.fill(torch.empty_like(scores)))
+    return weights @ row.v[keys]

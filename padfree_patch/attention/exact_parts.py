@@ -14,7 +14,8 @@ def parts_of(x: Tensor, dtype: torch.dtype) -> Tensor:
     >>> parts_of(torch.tensor(1.2345678), torch.bfloat16).tolist()
     [1.234375, 0.0001926422119140625, 1.1920928955078125e-07]
     """
-    rest, largest = x.to(torch.promote_types(x.dtype, torch.float32)), torch.finfo(dtype).max
+    finest = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
+    rest, largest = x.to(finest), torch.finfo(dtype).max
     parts = []
     for _ in range(3):
         parts.append(rest.clamp(-largest, largest).to(dtype))

@@ -14,10 +14,11 @@ SHARED = {"lengths": (7, 3, 5, 1, 200, 2, 150, 64), "prefixes": (-1, 0, 0, -1, -
 """Sequences that go on from two prompts, on both sides of the lengths at which chunks change, and one that does not."""
 
 
-def reference(q, k, v, sequences, *, scale, window=0, softcap=0.0, sinks=None):
+def reference(q, k, v, sequences, *, scale, window=0, softcap=0.0, sinks=None, key_bias=None):
     """Computes masked softmax attention, sequence by sequence, in float64: q (T, H, D), k and v (T, K, D).
 
-    A sequence that goes on from a shared prompt has the prompt's keys and values before its own. sinks: (H,).
+    A sequence that goes on from a shared prompt has the prompt's keys and values before its own.
+    sinks: (H,); key_bias: (H, T).
     """
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
@@ -26,7 +27,11 @@ def reference(q, k, v, sequences, *, scale, window=0, softcap=0.0, sinks=None):
     for i, q_ in enumerate(queries):
         seen = [i] if sequences.prefixes is None or sequences.prefixes[i] < 0 else [sequences.prefixes[i], i]
         k_, v_ = (torch.cat([each[one] for one in seen]) for each in (keys, values))
-        scores = torch.einsum("qhd,khd->hqk", q_, k_) * scale
+        scores = torch.einsum("qhd,khd->hqk", q_, k_)
+        if key_bias is not None:
+            of_keys = key_bias.double().split(list(sequences.lengths), dim=1)
+            scores = scores + torch.cat([of_keys[one] for one in seen], dim=1)[:, None]
+        scores = scores * scale
         scores = softcap * (scores / softcap).tanh() if softcap else scores
         distance = torch.arange(len(k_))[len(k_) - len(q_) :, None] - torch.arange(len(k_))
         hidden = (distance < 0) | (distance >= (window or len(k_)))
