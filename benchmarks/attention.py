@@ -9,7 +9,6 @@ private to PyTorch. Errors are against float64, largest error over largest value
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +25,6 @@ from padfree_patch import PackedSequences, attention
 from padfree_patch.attention import cpu
 from padfree_patch.attention.per_sequence import split_by_sequence
 from padfree_patch.measure.step import flan_like_lengths
-from padfree_patch.seams.key_bias import with_key_bias
 
 LENGTH_SETS: dict[str, Callable[[torch.Generator], list[int]]] = {
     "flan": lambda g: list(flan_like_lengths(64, g)),
@@ -38,12 +36,6 @@ LENGTH_SETS: dict[str, Callable[[torch.Generator], list[int]]] = {
 SHAPES = {"9/3/64": ["flan", "math", "tiny", "one", "long"], "8/8/128": ["flan", "math"], "32/8/64": ["flan", "math"]}
 """Query heads / key-value heads / head size, and the sets that each is measured on."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-OPTIONS: dict[str, Callable[..., Tensor]] = {
-    "window 256": functools.partial(attention.sdpa.attend, window=256),
-    "softcap 30": functools.partial(attention.sdpa.attend, softcap=30.0),
-    "dropout 0.1": functools.partial(attention.sdpa.attend, dropout=0.1),
-    "ALiBi": lambda *args, **kwargs: with_alibi(*args, **kwargs),  # defined below
-}
 BASELINE, PUBLIC = "operator per sequence", "public function"
 
 
@@ -80,7 +72,7 @@ class OperatorPerSequence(torch.autograd.Function):
 def main(rounds: int) -> None:
     """Time and compare."""
     jobs = [(dtype, shape, lengths) for dtype in DTYPES for shape, sets in SHAPES.items() for lengths in sets]
-    speeds, errors, options = [], [], []
+    speeds, errors = [], []
     with progress() as bar:
         task = bar.add_task("", total=len(jobs) + len(DTYPES))
         for dtype, shape, lengths in jobs:
@@ -88,11 +80,10 @@ def main(rounds: int) -> None:
             speeds.append(speed(dtype, shape, lengths, rounds))
             bar.advance(task)
         for dtype in DTYPES:
-            bar.update(task, description=f"errors and options, {dtype}")
+            bar.update(task, description=f"errors, {dtype}")
             errors += [error(dtype, name, attend) for name, attend in candidates(dtype, 64).items()]
-            options += [cost_of(dtype, name, rounds) for name in OPTIONS]
             bar.advance(task)
-    save("attention", {"speeds": speeds, "errors": errors, "options": options}, picture(speeds))
+    save("attention", {"speeds": speeds, "errors": errors}, picture(speeds))
 
 
 def candidates(dtype: str, head_dim: int) -> dict[str, Callable[..., Tensor]]:
@@ -179,27 +170,6 @@ def in_float64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.einsum("qhd,khd->hqk", q, k) * 0.125
     later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(later, -torch.inf).softmax(-1), v)
-
-
-def cost_of(dtype: str, name: str, rounds: int) -> dict[str, Any]:
-    """Times the sdpa backend with an option over its time without, on the flan set."""
-    ratios = []
-    for number in range(rounds):
-        generator = torch.Generator().manual_seed(number)
-        lengths = LENGTH_SETS["flan"](generator)
-        qkv, dout = inputs(dtype, "9/3/64", lengths, generator)
-        plain = timed(attention.sdpa.attend, qkv, dout, lengths)
-        ratios.append(timed(OPTIONS[name], qkv, dout, lengths) / plain)
-    return {"dtype": dtype, "option": name, "ratio": statistics.median(ratios)}
-
-
-def with_alibi(q: Tensor, k: Tensor, v: Tensor, sequences: PackedSequences, *, scale: float) -> Tensor:
-    """Adds a bias on keys as patched models do: more channels of q and k, and no keys shared between heads."""
-    slopes = 2.0 ** -torch.arange(1, q.shape[1] + 1, dtype=q.dtype, device=q.device)
-    bias = slopes[:, None] * sequences.position_ids().to(q.device, q.dtype)  # (H, T)
-    rows = with_key_bias(*(x.transpose(0, 1)[None] for x in (q, k, v)), bias)
-    output = attention.sdpa.attend(*(x[0].transpose(0, 1) for x in rows), sequences, scale=scale)
-    return output[..., : q.shape[-1]]
 
 
 def picture(speeds: list[dict[str, Any]]) -> Figure:

@@ -3,11 +3,13 @@
     .venv/bin/nox -s benchmark -- per_sequence
 
 Forward and backward of four layers with random weights, of architectures that each need another way. "Row" is the same
-packed row unpatched, which mixes its examples; "one by one" is a step for each example, unpatched.
+packed row unpatched, which mixes its examples; "one by one" is a step for each example, unpatched. Processor seconds of
+one thread.
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import click
@@ -111,12 +113,13 @@ def measured(model_type: str, batch_size: int, rounds: int) -> dict[str, Any]:
 
 def seconds_of(model: Any, examples: list[torch.Tensor], kind: str, device: str = "cpu") -> float:
     """Returns the seconds of a step on some examples."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
     if kind == "one by one":
         rows = [dict.fromkeys(("input_ids", "labels"), each[None].to(device)) for each in examples]
-        return sum(timed_step(model, row, patched=False) for row in rows)
+        return sum(timed_step(model, row, patched=False, clock=clock) for row in rows)
     batches = step_batches(examples, device)
     batch = {name: batches["native"][name] for name in ("input_ids", "labels")} if kind == "row" else batches[kind]
-    return timed_step(model, batch, patched=kind == "packed")
+    return timed_step(model, batch, patched=kind == "packed", clock=clock)
 
 
 def picture(found: list[dict[str, Any]]) -> Figure:

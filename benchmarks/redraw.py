@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+import attention_options
 import memory
 import packing
 import per_sequence
@@ -21,6 +22,7 @@ import attention
 PICTURES = {
     "step": (step.picture, "ratios"),
     "attention": (attention.picture, "speeds"),
+    "attention_options": (attention_options.picture, "found"),
     "per_sequence": (per_sequence.picture, "models"),
     "memory": (memory.picture, "found"),
     "packing": (packing.picture, "rows"),

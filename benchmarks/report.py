@@ -50,9 +50,7 @@ def page() -> str:
             ("dtype", "", "output", "gradients"),
             ((e["dtype"], e["name"], f"{e['output']:.1e}", f"{e['gradients']:.1e}") for e in attention["errors"]),
         ),
-        options=table(
-            ("dtype", "option", "time"), ((e["dtype"], e["option"], f"{e['ratio']:.2f}") for e in attention["options"])
-        ),
+        options=options_table(json.loads((RESULTS / "attention_options.json").read_text())["found"]),
         **convergence_values(convergence),
         row_length=f"{packing['max_length']:,}",
         packing=packing_table(packing["rows"]),
@@ -223,6 +221,12 @@ def overhead_table(calls: dict[str, dict[str, Any]]) -> str:
             )
         )
     return table(("ordinary call", "added", "of the forward", "operators", "syncs"), rows)
+
+
+def options_table(found: list[dict[str, Any]]) -> str:
+    names = list(found[0]["ratios"])
+    rows = ((*(e[n] for n in ("dtype", "shape", "lengths")), *(spread(e["ratios"][n]) for n in names)) for e in found)
+    return table(("dtype", "shape", "lengths", *names), rows)
 
 
 def per_sequence_table(models: list[dict[str, Any]]) -> str:

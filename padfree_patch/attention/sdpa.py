@@ -1,8 +1,8 @@
 """Varlen attention on plain PyTorch, on any device: the one backend that can do everything, and runs everywhere.
 
-On the CPU, `padfree_patch.attention.cpu` computes it where it can. Everything else is one
-`scaled_dot_product_attention` per sequence, or matrix products for what that function can't do. No mask is larger than
-a chunk of queries by the keys that they see.
+On the CPU, `padfree_patch.attention.cpu` computes it where it can, and `cpu_products` what PyTorch's operators lack.
+Elsewhere, and in `torch.func`, it is one `scaled_dot_product_attention` per sequence, or matrix products for what that
+function can't do. No mask is larger than a chunk of queries by the keys that they see.
 """
 
 from __future__ import annotations

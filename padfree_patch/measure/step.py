@@ -123,7 +123,14 @@ def _padded_batch(examples: list[Tensor]) -> dict[str, Tensor]:
     return {"input_ids": padded, "attention_mask": mask, "labels": padded.masked_fill(mask == 0, IGNORED_LABEL)}
 
 
-def timed_step(model: PreTrainedModel, batch: Mapping[str, object], *, patched: bool, backend: str = "auto") -> float:
+def timed_step(
+    model: PreTrainedModel,
+    batch: Mapping[str, object],
+    *,
+    patched: bool,
+    backend: str = "auto",
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Returns the seconds of one forward and backward in train mode; the gradients are dropped.
 
     Args:
@@ -131,22 +138,23 @@ def timed_step(model: PreTrainedModel, batch: Mapping[str, object], *, patched: 
         batch: what it is called on.
         patched: whether to apply the patch for this step.
         backend: with what the patch computes attention.
+        clock: what reads the time; `time.process_time` counts this process's alone, of all its threads.
     """
     model.train()
     device = next(model.parameters()).device
     check = found_by_check(patch_for(model))
     with applied(model, verify=check, backend=backend) if patched else contextlib.nullcontext():
-        taken = _seconds_of(lambda: model(**batch, use_cache=False).loss.backward(), device)
+        taken = _seconds_of(lambda: model(**batch, use_cache=False).loss.backward(), device, clock)
     model.zero_grad(set_to_none=True)
     return taken
 
 
-def _seconds_of(run: Callable[[], None], device: torch.device) -> float:
+def _seconds_of(run: Callable[[], None], device: torch.device, clock: Callable[[], float]) -> float:
     _wait_for(device)
-    start = time.perf_counter()
+    start = clock()
     run()
     _wait_for(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _wait_for(device: torch.device) -> None:
