@@ -95,7 +95,9 @@ def timed(run: Callable[..., None], *arguments: object) -> float:
 def draw_twice(weights: int, who: str) -> None:
     """Draws which of so many weights are kept, for a forward and for its backward."""
     kept, block = Kept(CHANCE, 0), torch.empty(BLOCK)
-    draw: Callable[[Tensor], Tensor] = kept.fill if who == "ours" else lambda x: x.bernoulli_(1 - CHANCE)
+    draw: Callable[[Tensor], Tensor] = (
+        (lambda x: kept.drop(x, x)) if who == "ours" else lambda x: x.bernoulli_(1 - CHANCE)
+    )
     for _ in range(2 * weights // BLOCK):
         draw(block)
 

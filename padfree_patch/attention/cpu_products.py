@@ -199,15 +199,15 @@ def _forward(row: _Row) -> tuple[Tensor, Tensor]:
     kept, factor = row.options.kept(), factor_of_kept(row.options.dropout)
     out = row.q.new_empty(*row.q.shape[:2], row.v.shape[2])
     lse = row.q.new_empty(*row.q.shape[:2], 1)
-    space = _Space(row, 2 if kept else 1)
+    space = _Space(row, 1)
     for chunk in row.chunks:
-        rows, (block, *other) = row.rows(chunk), space.blocks(chunk)
+        rows, (block,) = row.rows(chunk), space.blocks(chunk)
         scores = _scores(row, chunk, block, block)
         largest = scores.amax(-1, keepdim=True)
         weights = _exp2(scores.sub_(largest), row)
         total = weights.sum(-1, keepdim=True)
         if kept is not None:
-            weights.mul_(kept.fill(other[0]))
+            kept.drop(weights, weights)
         torch.bmm(weights, row.v[chunk.heads, chunk.keys], out=out[rows])
         out[rows] *= factor / total
         torch.add(largest / _LOG2E, total.log(), out=lse[rows])
@@ -229,7 +229,7 @@ def _backward(row: _Row, dout: Tensor, delta: Tensor, lse: Tensor) -> tuple[Tens
         if kept is None:
             dscores.sub_(delta[rows]).mul_(weights)
         else:
-            used = kept.fill(last).mul_(weights)
+            used = kept.drop(weights, last)
             dscores.mul_(used).addcmul_(weights, delta[rows], value=-1)
         if options.softcap:
             dscores.addcmul_(dscores, scores.square_(), value=-1)  # scores are tanh(...) here
@@ -275,5 +275,7 @@ def _written_out_chunk(row: _Row, chunk: Chunk, sinks: Tensor | None, kept: Kept
         column = of_heads.expand(-1, scores.shape[1] // row.groups, -1).reshape(*scores.shape[:2], 1)
         weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
     if kept is not None:
-        weights = weights * (factor_of_kept(options.dropout) * kept.fill(torch.empty_like(scores)))
+        weights = weights * kept.drop(
+            torch.full_like(scores, factor_of_kept(options.dropout)), torch.empty_like(scores)
+        )
     return weights @ row.v[keys]

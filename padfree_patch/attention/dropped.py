@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 _CHANCES = 2**16
+_AT_ONCE = 2**15
+"""Weights that are decided together: so few that what is drawn for them stays in the core's cache."""
 
 
 class Kept:
@@ -18,14 +20,15 @@ class Kept:
 
     def __init__(self, dropout: float, seed: int):
         self._bound = round(dropout * _CHANCES) - _CHANCES // 2
-        self._generator = np.random.Generator(np.random.SFC64(seed))
+        self._bits = np.random.SFC64(seed)
 
-    def fill(self, block: Tensor) -> Tensor:
-        """Writes 1 for each weight that is kept and 0 for each that is dropped into a contiguous tensor, returned."""
-        count = block.numel()
-        bits = self._generator.integers(-(2**63), 2**63, -(-count // 4), dtype=np.int64).view(np.int16)[:count]
-        block.view(-1).copy_(torch.from_numpy((bits >= self._bound).view(np.int8)))  # fast from int8, slow from bool
-        return block
+    def drop(self, weights: Tensor, out: Tensor) -> Tensor:
+        """Writes weights into another contiguous tensor, or into themselves, with 0 for those that are dropped."""
+        for piece, to in zip(weights.view(-1).split(_AT_ONCE), out.view(-1).split(_AT_ONCE)):
+            bits = self._bits.random_raw(-(-len(piece) // 4)).view(np.int16)[: len(piece)]
+            kept = torch.from_numpy((bits >= self._bound).view(np.int8))  # from bool it would be slow
+            torch.mul(piece, kept.to(piece.dtype), out=to)
+        return out
 
 
 def seed_of_call() -> int:
