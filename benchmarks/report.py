@@ -50,7 +50,7 @@ def page() -> str:
             ("dtype", "", "output", "gradients"),
             ((e["dtype"], e["name"], f"{e['output']:.1e}", f"{e['gradients']:.1e}") for e in attention["errors"]),
         ),
-        options=options_table(json.loads((RESULTS / "attention_options.json").read_text())["found"]),
+        **options_values(json.loads((RESULTS / "attention_options.json").read_text())["found"]),
         **convergence_values(convergence),
         row_length=f"{packing['max_length']:,}",
         packing=packing_table(packing["rows"]),
@@ -223,10 +223,21 @@ def overhead_table(calls: dict[str, dict[str, Any]]) -> str:
     return table(("ordinary call", "added", "of the forward", "operators", "syncs"), rows)
 
 
-def options_table(found: list[dict[str, Any]]) -> str:
+def options_values(found: list[dict[str, Any]]) -> dict[str, str]:
     names = list(found[0]["ratios"])
     rows = ((*(e[n] for n in ("dtype", "shape", "lengths")), *(spread(e["ratios"][n]) for n in names)) for e in found)
-    return table(("dtype", "shape", "lengths", *names), rows)
+    slowest = [
+        f"{dtype} "
+        + ", ".join(
+            f"{max(e['ratios'][name]['median'] for e in found if e['dtype'] == dtype):.2f} for {name}"
+            for name in names[:3]
+        )
+        for dtype in dict.fromkeys(each["dtype"] for each in found)
+    ]
+    return {
+        "options": table(("dtype", "shape", "lengths", *names), rows),
+        "slowest_options": "; ".join(slowest),
+    }
 
 
 def per_sequence_table(models: list[dict[str, Any]]) -> str:

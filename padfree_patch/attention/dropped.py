@@ -1,7 +1,7 @@
 """Which attention weights are dropped on the CPU: drawn in each call, and again, the same ones, in its backward.
 
-torch's own draws take 5.6 ns for each weight, as long as a whole product of matrices does for six; here 16 random bits
-decide for each, which take 0.5 ns. So a chance is a multiple of 1 / 65,536, and what is kept is scaled by just that.
+torch's own draws take most of the time of plain attention alone (benchmarks/attention_options.py). Here 16 random bits
+decide for each weight. So a chance is a multiple of 1 / 65,536, and what is kept is scaled by just that.
 """
 
 from __future__ import annotations
