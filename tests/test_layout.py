@@ -99,7 +99,7 @@ def test_median_function_of_the_package_has_under_ten_lines():
     assert statistics.median(lengths) < 10
 
 
-LINES_PER_ANY = 80
+LINES_PER_ANY = 200
 
 
 def any_count(text: str) -> int:
@@ -108,7 +108,7 @@ def any_count(text: str) -> int:
 
 
 def test_any_is_rare_in_the_package():
-    """At most one in eighty lines: each `Any` is a line that mypy does not check, and new code copies what it sees.
+    """At most one in two hundred lines: what is `Any`, mypy does not check, and new code copies it.
 
     `padfree_patch/upstream.py` has names for what is truly open.
     """

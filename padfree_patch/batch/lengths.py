@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -169,7 +169,7 @@ def _check_seq_idx(first: str, sequences: PackedSequences, seq_idx: Tensor, shap
     check_on_device(good, message, lambda: f"({sequences.lengths} against {tuple(lengths_of_segments(seq_idx))})")
 
 
-def _check_cu_seqlens(first: str, sequences: PackedSequences, name: str, cu_seqlens: Any) -> None:
+def _check_cu_seqlens(first: str, sequences: PackedSequences, name: str, cu_seqlens: Tensor | Sequence[int]) -> None:
     """Raises PadfreeError unless cumulative lengths say what `sequences`, read from `first`, say."""
     _check_not_cut(name, cu_seqlens)
     on_device = isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type != "cpu"
@@ -180,7 +180,7 @@ def _check_cu_seqlens(first: str, sequences: PackedSequences, name: str, cu_seql
     check_on_device(sequences.agrees_with(other), message, lambda: f"({sequences.lengths} against {other.lengths})")
 
 
-def _check_not_cut(name: str, cu_seqlens: Any) -> None:
+def _check_not_cut(name: str, cu_seqlens: object) -> None:
     """Raises PadfreeError for lengths that a loader took for a tensor with a batch dimension."""
     if isinstance(cu_seqlens, Tensor) and cu_seqlens.numel() == 1:
         raise PadfreeError(

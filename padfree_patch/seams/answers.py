@@ -11,7 +11,7 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,9 +20,13 @@ from ..batch.packed_batch import PackedBatch
 from ..errors import PadfreeError
 from ..models import is_transformers_model
 from ..registry import Patch, registry
+from ..upstream import Function
 from ..wrapping.opt_in import ATTRIBUTE, OptIn
 from ..wrapping.seam import is_wrapper
 from .under_way import under_way
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 """What a function that somebody put in our place may raise, given a stand-in for the mask."""
@@ -116,15 +120,14 @@ def drops_layers(model: nn.Module) -> bool:
     """Whether a model leaves out layers at random while it is trained, as BART's kin does if its config says so."""
     if not model.training:
         return False
-    config: Any = getattr(model, "config", None)
+    config = getattr(model, "config", None)
     chances = {**vars(config or model), **vars(model)}
     return any(name.endswith("layerdrop") and isinstance(n, (int, float)) and n > 0 for name, n in chances.items())
 
 
 def _silent(answers: Answers, layers: list[list[nn.Module]]) -> list[nn.Module]:
     """Returns the patched attention modules of the layers, of those that a decoder runs, that have not answered."""
-    decoder: Any = answers.model
-    run = layers[: getattr(decoder.config, "num_hidden_layers", None)]  # no more, from 4.48 on
+    run = layers[: getattr(answers.model.config, "num_hidden_layers", None)]  # no more, from 4.48 on
     if answers.by_graphs and answers.by_graphs + len(answers.modules) >= len(run):
         return []
     return [each for layer in run if answers.modules.isdisjoint(layer) for each in layer]
@@ -173,7 +176,7 @@ def replaced(model: nn.Module) -> list[str]:
     return [f"{place} (now {_described(there)})" for place, there in sorted(found.items(), key=lambda each: each[0])]
 
 
-def _described(there: Any) -> str:
+def _described(there: object) -> str:
     name = getattr(there, "__qualname__", None)
     return f"{there.__module__}.{name}" if name else repr(there)
 
@@ -208,13 +211,13 @@ def check_head_not_passed_by(decoder: nn.Module) -> None:
         frame = frame.f_back
 
 
-def _runs_forward_of(frame: types.FrameType) -> Any:
+def _runs_forward_of(frame: types.FrameType) -> PreTrainedModel | None:
     """Returns the patched transformers model whose forward a frame runs; None if it runs something else."""
     code = frame.f_code
     first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
     if not isinstance(first, nn.Module) or OptIn.of(first) is None or not is_transformers_model(first):
         return None
-    function: Any = first.forward
+    function: Function | None = first.forward
     while function is not None and not is_wrapper(function):
         function = getattr(function, "__func__", getattr(function, "func", function))
         if getattr(function, "__code__", None) is code:

@@ -9,7 +9,6 @@ threads and other models see nothing, and a function that is not understood is a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from ..batch.packed_batch import PackedBatch
 from ..errors import PadfreeError
 from ..registry import AttentionCall, Patch, registry
+from ..upstream import Arguments, Function
 from ..wrapping.call import Call, signature
 from ..wrapping.frames import is_tracing
 from ..wrapping.opt_in import OptIn
@@ -51,12 +51,12 @@ def find(model: nn.Module, patch: Patch) -> Found:
     return Found(frozenset(Seam(type(each), "forward", concerns, answer, traced=traced) for each in modules), modules)
 
 
-def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def concerns(args: tuple[object, ...], kwargs: Arguments) -> bool:
     return is_stand_in(kwargs.get("attention_mask")) and OptIn.of(args[0]) is not None
 
 
 @torch.compiler.disable
-def answer(call: Call) -> Any:
+def answer(call: Call) -> object:
     """Answers an attention module's forward on a packed batch.
 
     Not traced by torch.compile: the lengths differ from batch to batch, and each would be compiled anew.
@@ -86,7 +86,7 @@ def answer(call: Call) -> Any:
     return result
 
 
-def traced(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def traced(original: Function, args: tuple[Any, ...], kwargs: Arguments) -> object:
     """Answers while torch.compile traces: with upstream's forward, whose kernel call is one operator of the graph.
 
     Not where somebody must know the batch: a patch that changes the call, or a rotary that counts tokens itself.
@@ -125,7 +125,7 @@ def _rotates_by_positions(rotary: nn.Module | None) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _takes_positions(rotary: type[Any]) -> bool:
+def _takes_positions(rotary: type[nn.Module]) -> bool:
     return "position_ids" in signature(original_of(rotary.forward)).parameters
 
 
@@ -145,8 +145,8 @@ class KernelMode(TorchFunctionMode):
         self._kernel, self._positions, self._batch = kernel, positions, batch
 
     def __torch_function__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: Function, types: object, args: tuple[Any, ...] = (), kwargs: Arguments | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if self._kernel.attending:
             return func(*args, **kwargs)
@@ -179,7 +179,7 @@ class KernelMode(TorchFunctionMode):
             raise PadfreeError(f"{owner} passes a mask of its own to scaled_dot_product_attention: not supported")
         return self._kernel.attend(query, key, value, scale=scale, dropout=dropout_p)
 
-    def _on_scores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UncomputedScores | Tensor:
+    def _on_scores(self, func: Function, args: tuple[Any, ...], kwargs: Arguments) -> UncomputedScores | Tensor:
         if is_tracing() and _name_of(func) in _MATMULS and len(args) == 2 and isinstance(args[1], UncomputedScores):
             args = args[::-1]  # torch.compile turns `weights @ v` around
         first = args[0] if args else None
@@ -210,5 +210,5 @@ class KernelMode(TorchFunctionMode):
         return max(self._batch.last_lengths) - 1
 
 
-def _name_of(function: Any) -> str:
+def _name_of(function: Function) -> str:
     return getattr(function, "__name__", "")

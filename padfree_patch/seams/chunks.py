@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..batch.labels import IGNORED_LABEL
+from ..upstream import Outputs
 from ..wrapping.call import Call
 from ..wrapping.frames import outside_graphs, runs_uncompiled
-from ..wrapping.seam import is_wrapper
+from ..wrapping.seam import Answer, is_wrapper
 from .hand_over import (
     LabelledTokens,
     Selected,
@@ -34,12 +35,12 @@ _LABELS = ("labels", "shift_labels")
 class _Kept(Selected):
     """The hidden states of the labelled tokens, which are kept; the head gets the row of zeros alone."""
 
-    output: Any = None
+    output: object = None
     """What the decoder gave, with that row in the place of its hidden states."""
     rows: Tensor
     """(N, D)."""
 
-    def serve(self, decoder: nn.Module, run: Callable[[], Any]) -> Any:
+    def serve(self, decoder: nn.Module, run: Callable[[], object]) -> object:
         output = run()
         self.rows = self.select(decoder, output)
         self.output = with_hidden_states(output, ended_by_zeros(self.rows[:0]))
@@ -53,12 +54,12 @@ class _Given(Selected):
         super().__init__(kept.head, kept.tokens)
         self._output, self._rows = kept.output, rows
 
-    def serve(self, decoder: nn.Module, run: Callable[[], Any]) -> Any:
+    def serve(self, decoder: nn.Module, run: Callable[[], object]) -> object:
         return with_hidden_states(self._output, ended_by_zeros(self._rows))
 
 
 @runs_uncompiled
-def in_chunks(call: Call, tokens: LabelledTokens, size: int, run: Callable[[Call], Any]) -> Any:
+def in_chunks(call: Call, tokens: LabelledTokens, size: int, run: Answer) -> object:
     """Calls upstream's head on chunks of some labelled tokens at a time; returns its output, without logits.
 
     Args:
@@ -79,11 +80,11 @@ def _without_labels(call: Call) -> Call:
     return call.changed(**dict.fromkeys(name for name in _LABELS if name in call.arguments))
 
 
-def _with_sum(call: Call, kept: _Kept, size: int, result: Any) -> Any:
+def _with_sum(call: Call, kept: _Kept, size: int, result: object) -> object:
     return _without_logits(result, loss=_summed(call, kept, size))
 
 
-def _once_more(call: Call) -> Any:
+def _once_more(call: Call) -> Outputs:
     """Calls the head's forward again, and nothing that hangs on the head: the first call was for that.
 
     A forward on the instance may be accelerate's autocast around ours, or somebody's own.
@@ -123,12 +124,12 @@ def _device_of(items: object, other: Tensor) -> torch.device:
     return items.device if isinstance(items, Tensor) else other.device
 
 
-def _loss_of(result: Any) -> Tensor:
+def _loss_of(result: Outputs) -> Tensor:
     loss: Tensor = result["loss"] if isinstance(result, dict) else result[0]
     return loss
 
 
-def _without_logits(result: Any, **changed: Tensor) -> Any:
+def _without_logits(result: Any, **changed: Tensor) -> object:
     """Returns a head's output without logits, which are of some rows only; those of a tuple stay."""
     if isinstance(result, dict):
         kept = {name: value for name, value in result.items() if name != "logits"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from ..batch.padded_rows import RowOfPadded
 from ..errors import PadfreeError
 from ..models import implementation_of, pretrained_modules
 from ..registry import Patch
+from ..upstream import Arguments
 from ..wrapping.call import Call
 from ..wrapping.frames import Outside, frames_are_compiled
 from .answers import answering, check_head_not_passed_by
@@ -26,6 +27,9 @@ from .noise import embed_each_alone
 from .rotary import depends_on_length
 from .stand_in import Measured, is_stand_in, stand_in, with_measured
 from .under_way import running
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "decoder"
 
@@ -44,11 +48,11 @@ def find(model: nn.Module, patch: Patch) -> Found:
 
 
 @torch.compiler.disable(recursive=False)
-def answer(call: Call) -> Any:
+def answer(call: Call) -> object:
     return serve(call, _answer)
 
 
-def _answer(call: Call) -> Any:
+def _answer(call: Call) -> object:
     if is_stand_in(call.arguments.get("attention_mask")):  # the head has prepared the call
         return call.proceed()
     batch = _prepare(call, compiled=frames_are_compiled())
@@ -66,7 +70,7 @@ def running_decoder(decoder: nn.Module, batch: PackedBatch) -> Iterator[None]:
         yield
 
 
-def enter_decoder(call: Call) -> Any:
+def enter_decoder(call: Call) -> object:
     return serve(call, lambda call: enter(call, answer))
 
 
@@ -83,7 +87,7 @@ def _prepare(call: Call, *, compiled: bool) -> PackedBatch | None:
     return batch
 
 
-def hand_over(decoder: nn.Module, arguments: dict[str, Any], batch: PackedBatch, measured: Measured | None) -> None:
+def hand_over(decoder: nn.Module, arguments: Arguments, batch: PackedBatch, measured: Measured | None) -> None:
     """Puts the stand-in in the place of the mask that a decoder gets, directly or from its head.
 
     Args:
@@ -98,7 +102,7 @@ def hand_over(decoder: nn.Module, arguments: dict[str, Any], batch: PackedBatch,
     arguments["attention_mask"] = mask if measured is None else with_measured(mask, measured)
 
 
-def check_implementation(who: str, decoder: Any) -> None:
+def check_implementation(who: str, decoder: PreTrainedModel) -> None:
     """Raises PadfreeError if a decoder is loaded with an attention implementation that no seam answers for."""
     if (implementation := implementation_of(decoder.config)) not in IMPLEMENTATIONS:
         raise PadfreeError(

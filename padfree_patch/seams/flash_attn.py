@@ -7,7 +7,6 @@ whether a packed call is under way in this thread.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from .. import versions
 from ..errors import PadfreeError
 from ..registry import Patch
+from ..upstream import Arguments, Function
 from ..wrapping.call import Call
 from ..wrapping.seam import Seam
 from . import interface
@@ -48,12 +48,12 @@ def find(model: nn.Module, patch: Patch) -> Found:
     return Found(frozenset(seams))
 
 
-def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def concerns(args: tuple[object, ...], kwargs: Arguments) -> bool:
     return under_way.kernel is not None or tracing.kernel is not None
 
 
 @torch.compiler.disable
-def answer_interface(call: Call) -> Any:
+def answer_interface(call: Call) -> object:
     """Answers the interface's function for flash-attn: it casts as always, and comes to `_flash_attention_forward`."""
     kernel = interface.kernel_of(call)
     with running(kernel=kernel):
@@ -63,7 +63,7 @@ def answer_interface(call: Call) -> Any:
     return result
 
 
-def traced_interface(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def traced_interface(original: Function, args: tuple[Any, ...], kwargs: Arguments) -> object:
     """Answers the interface's function while torch.compile traces: it comes to `traced`."""
     if operator is None or len(args) != 5 or not is_causal(args[0]):
         return NotImplemented
@@ -73,7 +73,7 @@ def traced_interface(original: Callable[..., Any], args: tuple[Any, ...], kwargs
     return result if kernel.answered else NotImplemented
 
 
-def traced(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def traced(original: Function, args: tuple[Any, ...], kwargs: Arguments) -> object:
     """Answers `_flash_attention_forward` while torch.compile traces, as upstream calls it: options by name."""
     kernel = tracing.kernel
     if kernel is None or len(args) not in (4, 5) or kwargs.get("s_aux") is not None:

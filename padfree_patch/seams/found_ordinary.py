@@ -9,10 +9,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..upstream import Arguments
 from ..wrapping.call import Call
 
 _SAY_WHERE_EXAMPLES_END = ("position_ids", "attention_mask")
@@ -54,7 +55,7 @@ def found_ordinary(call: Call, decoder: nn.Module | None = None) -> Iterator[Non
         _under_way.seen, _under_way.handed_on = outer
 
 
-def is_handed_on(decoder: nn.Module, kwargs: dict[str, Any]) -> bool:
+def is_handed_on(decoder: nn.Module, kwargs: Arguments) -> bool:
     """Whether a call of a decoder is given the tensors of an outer one that was found to be ordinary.
 
     Asked while torch.compile traces.

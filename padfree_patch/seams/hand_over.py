@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ..batch.labels import IGNORED_LABEL
 from ..errors import PadfreeError
+from ..upstream import Arguments, Function
 from ..wrapping.call import Call
 from ..wrapping.frames import Outside, outside_graphs, runs_uncompiled
+from ..wrapping.seam import Answer
 from .language_head import is_language_head
 from .under_way import under_way
-
-Answer = Callable[[Call], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LabelledTokens:
         """Returns a head's call with the labels of these tokens."""
         return call.changed(**self.arguments())
 
-    def arguments(self, targets: Tensor | None = None) -> dict[str, Any]:
+    def arguments(self, targets: Tensor | None = None) -> Arguments:
         """Returns the labels (1, N + 1) of a head that gets these rows, or those of some targets, and one of zeros."""
         targets = self.targets if targets is None else targets
         ignored = targets.new_full((1,), IGNORED_LABEL)
@@ -64,7 +64,7 @@ class Handed:
         """Whether a decoder was called: another one that the head calls is not the one. Noted here and not in
         `under_way`, because torch.compile takes over into its graph what it writes to an object like this."""
 
-    def serve(self, decoder: nn.Module, run: Callable[[], Any]) -> Any:
+    def serve(self, decoder: nn.Module, run: Callable[[], object]) -> object:
         raise NotImplementedError
 
 
@@ -75,11 +75,11 @@ class Selected(Handed):
         super().__init__(head)
         self.tokens = tokens
 
-    def serve(self, decoder: nn.Module, run: Callable[[], Any]) -> Any:
+    def serve(self, decoder: nn.Module, run: Callable[[], object]) -> object:
         output = run()
         return with_hidden_states(output, ended_by_zeros(self.select(decoder, output)))
 
-    def select(self, decoder: nn.Module, output: Any) -> Tensor:
+    def select(self, decoder: nn.Module, output: object) -> Tensor:
         """Returns the hidden states (N, D) of the labelled tokens.
 
         Raises PadfreeError if the decoder gives no hidden states for each token.
@@ -99,7 +99,7 @@ def ended_by_zeros(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])[None]
 
 
-def hidden_states_of(output: Any) -> Tensor | None:
+def hidden_states_of(output: object) -> Tensor | None:
     """Returns what a decoder gave for each token, (B, T, D); None if that is not the first of its outputs."""
     if isinstance(output, dict):
         output = next(iter(output.values()), None)
@@ -108,7 +108,7 @@ def hidden_states_of(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) and output.dim() == 3 else None
 
 
-def with_hidden_states(output: Any, states: Tensor) -> Any:
+def with_hidden_states(output: object, states: Tensor) -> object:
     """Returns a decoder's output with other hidden states in the first place."""
     if isinstance(output, dict):
         return type(output)(**{**output, next(iter(output)): states})
@@ -134,14 +134,14 @@ def handing_over(handed: Handed) -> Iterator[None]:
 
 
 @runs_uncompiled
-def run_waiting(handed: Handed, run: Callable[[Call], Any], call: Call) -> Any:
+def run_waiting(handed: Handed, run: Answer, call: Call) -> object:
     """Runs a head that waits for something from the decoder that it calls; see `handing_over`."""
     with Outside(handing_over, handed):
         return run(call)
 
 
 @runs_uncompiled
-def on_selected(call: Call, tokens: LabelledTokens, run: Callable[[Call], Any]) -> Any:
+def on_selected(call: Call, tokens: LabelledTokens, run: Answer) -> object:
     """Calls a head on the hidden states of some tokens, and on their labels; `run` calls upstream."""
     return run_waiting(outside_graphs(Selected, call.module, tokens), run, outside_graphs(tokens.narrow, call))
 
@@ -163,7 +163,7 @@ def _unserved() -> Handed | None:
     return None if handed is None or handed.served else handed
 
 
-def serve(call: Call, answer: Answer) -> Any:
+def serve(call: Call, answer: Answer) -> object:
     """Answers the call of a decoder; of one that a head waits for, with the hidden states that it wants."""
     if is_language_head(call.module):
         return answer(call)
@@ -175,7 +175,7 @@ def serve(call: Call, answer: Answer) -> Any:
     return handed.serve(call.module, lambda: answer(call))
 
 
-def serve_traced(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def serve_traced(original: Function, args: tuple[Any, ...], kwargs: Arguments) -> object:
     """Answers, while torch.compile traces it, the call of a decoder that a head waits for; no other one."""
     handed = _unserved()
     if handed is None or handed.head is args[0]:

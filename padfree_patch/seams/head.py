@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from ..batch.packed_batch import PackedBatch
 from ..errors import PadfreeError
 from ..models import is_transformers_model, pretrained_modules
 from ..registry import Patch
+from ..upstream import Arguments
 from ..wrapping.call import Call, signature
 from ..wrapping.frames import Outside, frames_are_compiled, outside_graphs
 from ..wrapping.opt_in import OptIn
@@ -40,7 +40,7 @@ def find(model: nn.Module, patch: Patch) -> Found:
     return Found(frozenset(seam for each in heads for seam in seams_of(each, answer, enter_head, shown_columns)), heads)
 
 
-def shown_columns(head: type[Any]) -> tuple[str, ...]:
+def shown_columns(head: type[nn.Module]) -> tuple[str, ...]:
     """Returns what the signature of a patched head shows beside upstream's: the column that `pack_dataset` makes.
 
     The Trainer removes every column that no parameter is named after, so a forward that takes position_ids among its
@@ -52,7 +52,7 @@ def shown_columns(head: type[Any]) -> tuple[str, ...]:
 
 
 @torch.compiler.disable(recursive=False)
-def answer(call: Call) -> Any:
+def answer(call: Call) -> object:
     if outside_graphs(is_waiting, call.module):
         return call.proceed()
     batch = _prepare(call)
@@ -112,7 +112,7 @@ def _reads_mask(call: Call) -> bool:
     return bool(getattr(call.module.config, "output_router_logits", False) if asked is None else asked)
 
 
-def enter_head(call: Call) -> Any:
+def enter_head(call: Call) -> object:
     return enter(call, answer)
 
 
@@ -145,7 +145,7 @@ def mask_of_real_tokens(mask: object, batch: PackedBatch) -> Tensor | None:
     return mask if mask.dtype == torch.bool else (mask != 0).to(mask.dtype)
 
 
-def ignore_boundaries(arguments: dict[str, Any], batch: PackedBatch) -> None:
+def ignore_boundaries(arguments: Arguments, batch: PackedBatch) -> None:
     """Sets labels (B, T) to -100 where they say what follows a sequence's last token: the next sequence's first.
 
     Labels may also be those of the tokens whose logits are kept (`logits_to_keep`), as ms-swift gives them.

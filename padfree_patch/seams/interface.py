@@ -10,7 +10,6 @@ flash-attn: `padfree_patch.seams.flash_attn`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import PadfreeError
 from ..models import implementation_of
 from ..registry import Patch
+from ..upstream import Arguments, Function
 from ..wrapping.call import Call, signature
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import Answer, Concerns, Seam, Traced, original_of
@@ -52,7 +52,7 @@ def find(model: nn.Module, patch: Patch) -> Found:
     return Found(frozenset(seams), users)
 
 
-def _traced_for(function: Callable[..., Any]) -> Traced:
+def _traced_for(function: Function) -> Traced:
     return traced_with_softcap if "softcap" in signature(original_of(function)).parameters else traced
 
 
@@ -101,7 +101,7 @@ def namespace_of(module: nn.Module) -> str:
 
 def caller_of(module: nn.Module) -> FunctionType | None:
     """Returns the function, under a forward's decorators, whose code names the mapping of the interface, or None."""
-    function: Any = original_of(type(module).forward)
+    function: Function | None = original_of(type(module).forward)
     while function is not None:
         if isinstance(function, FunctionType) and FUNCTIONS in function.__code__.co_names:
             return function
@@ -109,7 +109,7 @@ def caller_of(module: nn.Module) -> FunctionType | None:
     return None
 
 
-def is_answered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def is_answered(args: tuple[object, ...], kwargs: Arguments) -> bool:
     return is_stand_in(args[4] if len(args) > 4 else kwargs.get("attention_mask"))
 
 
@@ -143,17 +143,17 @@ def kernel_of(call: Call) -> PackedKernel:
     return PackedKernel(module, batch.sequences, recipe_of(mask), opt_in.backend if opt_in else "auto")
 
 
-def traced(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def traced(original: Function, args: tuple[Any, ...], kwargs: Arguments) -> object:
     """Answers while torch.compile traces, in place of a function that knows no softcap."""
     return _by_operator(args, kwargs, softcap=0.0)
 
 
-def traced_with_softcap(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def traced_with_softcap(original: Function, args: tuple[Any, ...], kwargs: Arguments) -> object:
     """Answers while torch.compile traces, in place of a function that has a parameter for the softcap."""
     return _by_operator(args, kwargs, softcap=float(kwargs.get("softcap") or 0.0))
 
 
-def _by_operator(args: tuple[Any, ...], kwargs: dict[str, Any], *, softcap: float) -> Any:
+def _by_operator(args: tuple[Any, ...], kwargs: Arguments, *, softcap: float) -> object:
     """Returns what one operator of the graph gives; NotImplemented for a call that is not plain."""
     special = any(kwargs.get(name) is not None for name in SPECIAL) or kwargs.get("is_causal") is False
     if operator is None or len(args) != 5 or special or not is_causal(args[0]):

@@ -18,9 +18,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +29,11 @@ from ..batch.labelled_rows import LabelledRows
 from ..batch.labels import IGNORED_LABEL
 from ..batch.shapes import is_unreadable
 from ..errors import PadfreeError
+from ..upstream import Arguments
 from ..wrapping.call import Call, signature
 from ..wrapping.frames import outside_graphs, runs_uncompiled
 from ..wrapping.opt_in import OptIn
+from ..wrapping.seam import Answer
 from .chunks import in_chunks
 from .hand_over import LabelledTokens, on_selected
 from .language_head import is_language_head, reads_first_label
@@ -75,7 +76,7 @@ def logits_of(model: nn.Module) -> str:
 
 
 @runs_uncompiled
-def on_labelled_tokens(call: Call, run: Callable[[Call], Any]) -> Any:
+def on_labelled_tokens(call: Call, run: Answer) -> object:
     """Calls upstream's head: on all tokens, or on those that predict a label if the model was patched so.
 
     Args:
@@ -141,7 +142,7 @@ def _check_no_metrics_of_trl(logits: str) -> None:
         frame = frame.f_back
 
 
-def _needs_all(head: nn.Module, arguments: dict[str, Any], labels: Tensor) -> bool:
+def _needs_all(head: nn.Module, arguments: Arguments, labels: Tensor) -> bool:
     """Whether a caller asks for other logits, or the call is one in which rows can't be chosen by values."""
     asks = any(isinstance(kept := arguments.get(name), Tensor) or kept for name in _KEPT)
     of_several = getattr(head, "_is_replica", False)  # of DataParallel, which joins the replicas' logits
@@ -155,7 +156,7 @@ def _needs_all(head: nn.Module, arguments: dict[str, Any], labels: Tensor) -> bo
     )
 
 
-def _loss_is_upstreams(head: Any, arguments: dict[str, Any]) -> bool:
+def _loss_is_upstreams(head: nn.Module, arguments: Arguments) -> bool:
     """Whether a head's loss is the cross entropy of upstream: inline, or its function, which others may replace."""
     if arguments.get("ignore_index", IGNORED_LABEL) != IGNORED_LABEL:
         return False
@@ -164,7 +165,7 @@ def _loss_is_upstreams(head: Any, arguments: dict[str, Any]) -> bool:
     return loss is None or name == "transformers.loss.loss_utils.ForCausalLMLoss"
 
 
-def _reads_shifted(head: Any) -> bool:
+def _reads_shifted(head: nn.Module) -> bool:
     """Whether a head's loss knows shift_labels, which win over labels then; 4.53 on."""
     loss = getattr(head, "loss_function", None)
     return loss is not None and "shift_labels" in signature(loss).parameters

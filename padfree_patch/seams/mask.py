@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from .. import versions
 from ..models import pretrained_modules
 from ..registry import Patch
+from ..upstream import Arguments, Function
 from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import Seam, original_of
 from .kinds import Found, changed, class_named
 from .stand_in import CAUSAL, Measured, as_measured, find_stand_in, with_recipe
 from .window import recipe_before, recipe_of_builder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "mask"
 
@@ -63,7 +67,7 @@ def _builders(patch: Patch, decoder: nn.Module) -> set[Seam]:
     return found
 
 
-def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def concerns(args: tuple[object, ...], kwargs: Arguments) -> bool:
     return find_stand_in((*args, *kwargs.values())) is not None
 
 
@@ -74,7 +78,7 @@ def answer(call: Call) -> Tensor:
     return with_recipe(given, recipe_of_builder(call))
 
 
-def traced(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def traced(original: Function, args: tuple[Any, ...], kwargs: Arguments) -> object:
     """Answers while torch.compile traces: with what was measured before the call that it traces."""
     given = find_stand_in((*args, *kwargs.values()))
     assert given is not None
@@ -82,7 +86,7 @@ def traced(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     return NotImplemented if answered is None else answered
 
 
-def measure(decoder: Any) -> Measured | None:
+def measure(decoder: PreTrainedModel) -> Measured | None:
     """Returns the recipes of a decoder's builders, each from its own answer; None if only their calls say them.
 
     So it is before 4.48, where attention classes compute their kernels themselves, and are not traced.

@@ -13,6 +13,7 @@ from ..adapters import Adapters, adapters_of, why_own_not_packed
 from ..batch.lengths import LENGTH_ARGUMENTS
 from ..batch.packed_batch import PackedBatch, batch_of_copy, read_batch
 from ..errors import PadfreeError
+from ..upstream import Arguments
 from ..wrapping.call import Call, takes_unnamed
 from ..wrapping.frames import is_tracing, outside_graphs, runs_uncompiled
 from ..wrapping.opt_in import OptIn
@@ -31,7 +32,7 @@ CACHE_ARGUMENTS = ("past_key_values", "cache")
 """What a model's forward calls its cache; the second name is new in 5.24, where the first goes on until 5.40."""
 
 
-def concerns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def concerns(args: tuple[Any, ...], kwargs: Arguments) -> bool:
     """Whether the call of a model's forward must be looked at: it is a patched model's, and may be packed.
 
     Looks at no values, and is traced by torch.compile: ordinary calls stay one graph. A decoder's call that already
@@ -88,7 +89,7 @@ def seams_of(
 
 
 @torch.compiler.disable(recursive=False)
-def enter(call: Call, answer: Answer) -> Any:
+def enter(call: Call, answer: Answer) -> object:
     """Answers `__call__`: a forward that is not ours, on the class or the instance, gets what ours would have given it.
 
     Theirs may well call ours, which then finds the batch that was read.
@@ -189,7 +190,7 @@ def has_something_new(module: nn.Module) -> bool:
     return opt_in.check is not None and _is_new(module, opt_in, adapters)
 
 
-def _take_lengths(arguments: dict[str, Any]) -> dict[str, Any]:
+def _take_lengths(arguments: Arguments) -> Arguments:
     take_tokens(arguments)
     # From 4.54 on, generate passes flash-attn lengths that are about cache and padding: those stay, in a loop like it.
     generating = _cached_tokens(_cache_of(arguments)) > 0 and arguments.get("attention_mask") is not None
@@ -198,7 +199,7 @@ def _take_lengths(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _read(call: Call, lengths: dict[str, Any]) -> PackedBatch | None:
+def _read(call: Call, lengths: Arguments) -> PackedBatch | None:
     tokens = tokens_of(call.arguments)
     if not isinstance(tokens, Tensor) or tokens.dim() < 2:
         return None  # upstream says what is wrong
@@ -229,7 +230,7 @@ def _read(call: Call, lengths: dict[str, Any]) -> PackedBatch | None:
 
 
 @runs_uncompiled
-def proceed(call: Call) -> Any:
+def proceed(call: Call) -> object:
     """Calls upstream. Many versions serve a batch of no tokens.
 
     Raises PadfreeError, from upstream's own error, if this one does not.
@@ -250,13 +251,13 @@ def _empty_input(call: Call, tokens: Tensor) -> PadfreeError:
 
 
 @runs_uncompiled
-def tokens_of(arguments: dict[str, Any]) -> Tensor | None:
+def tokens_of(arguments: Arguments) -> Tensor | None:
     """Returns input_ids (B, T), or inputs_embeds (B, T, D) if those are given instead; None if neither is."""
     tokens: Tensor | None = arguments.get("input_ids")
     return arguments.get("inputs_embeds") if tokens is None else tokens
 
 
-def _cache_of(arguments: dict[str, Any]) -> Any:
+def _cache_of(arguments: Arguments) -> object:
     """Returns the cache of a call, by whatever name it was given; None without one."""
     return next((cache for name in CACHE_ARGUMENTS if (cache := arguments.get(name)) is not None), None)
 

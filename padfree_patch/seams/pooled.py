@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,11 @@ from torch import Tensor, nn
 from ..batch.packed_batch import PackedBatch
 from ..data.unpacking import unpack
 from ..errors import PadfreeError
+from ..upstream import Outputs
 from ..wrapping.call import Call, takes_keyword
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-    from transformers.modeling_outputs import ModelOutput
-
-_Outputs: TypeAlias = "ModelOutput | tuple[Tensor, ...]"
-"""What a model returns: an output with names, or a tuple if the caller or its config asks for one."""
 
 _OF_THE_HEAD = ("labels", "return_dict", "logits_to_keep")
 """Arguments of a head that its decoder is not given."""
@@ -57,7 +54,7 @@ def pool(call: Call, batch: PackedBatch) -> object:
 
 
 @torch.compiler.disable
-def _logits_of_each(call: Call, batch: PackedBatch, decoder: nn.Module, outputs: _Outputs) -> list[Tensor]:
+def _logits_of_each(call: Call, batch: PackedBatch, decoder: nn.Module, outputs: Outputs) -> list[Tensor]:
     """Runs upstream's head on each sequence; returns logits (1, labels) each."""
     name = "input_ids" if call.arguments.get("input_ids") is not None else "inputs_embeds"
     both = (each.flatten(0, 1) for each in (outputs[0], call.arguments[name]))
@@ -72,7 +69,7 @@ def _logits_of_each(call: Call, batch: PackedBatch, decoder: nn.Module, outputs:
     return found
 
 
-def _like(outputs: _Outputs, hidden: Tensor) -> _Outputs:
+def _like(outputs: Outputs, hidden: Tensor) -> Outputs:
     """Returns what the decoder gave, of other hidden states and nothing else: an output with names, or a tuple."""
     return type(outputs)(last_hidden_state=hidden) if isinstance(outputs, dict) else (hidden,)
 
@@ -80,16 +77,16 @@ def _like(outputs: _Outputs, hidden: Tensor) -> _Outputs:
 class _HandsOver(nn.Module):
     """Stands in the decoder's place, and returns what the decoder gave before."""
 
-    def __init__(self, outputs: _Outputs):
+    def __init__(self, outputs: Outputs):
         super().__init__()
         self.outputs = outputs
 
-    def forward(self, *args: object, **kwargs: object) -> _Outputs:
+    def forward(self, *args: object, **kwargs: object) -> Outputs:
         return self.outputs
 
 
 @contextmanager
-def _handed_over(head: nn.Module, decoder: nn.Module, outputs: _Outputs) -> Iterator[None]:
+def _handed_over(head: nn.Module, decoder: nn.Module, outputs: Outputs) -> Iterator[None]:
     """Puts a stand-in into the decoder's place for a moment."""
     (name,) = (name for name, child in head.named_children() if child is decoder)
     head._modules[name] = _HandsOver(outputs)
@@ -128,7 +125,7 @@ def _loss_before_4_46(config: PretrainedConfig, logits: Tensor, labels: Tensor) 
     return F.binary_cross_entropy_with_logits(logits, labels)
 
 
-def _result(call: Call, loss: Tensor | None, logits: Tensor) -> _Outputs:
+def _result(call: Call, loss: Tensor | None, logits: Tensor) -> Outputs:
     """Returns what upstream's head returns: an output with names, or a tuple if the caller or config asks for it."""
     from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import PadfreeError
+from ..upstream import Function
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,8 +81,8 @@ class UncomputedScores:
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: object = None
-    ) -> Any:
+        cls, func: Function, types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> object:
         # Makes torch functions accept a stand-in; while one exists, `KernelMode` is active and comes first.
         raise PadfreeError(f"attention scores of a packed batch left their forward ({func})")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -27,7 +27,7 @@ class _UnderWay(threading.local):
         self.kernel: PackedKernel | None = None
         self.generating: frozenset[int] = frozenset()
         self.answers: Answers | None = None
-        self.masks: dict[Hashable, Any] | None = None
+        self.masks: dict[Hashable, object] | None = None
         self.handed: Handed | None = None
         self.logits: tuple[str, int] | None = None
 

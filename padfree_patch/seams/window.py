@@ -10,15 +10,19 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..batch.cache import MISSING, LastUsed
 from ..errors import PadfreeError
+from ..upstream import Arguments
 from ..wrapping.call import Call, signature
 from .stand_in import CAUSAL, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _PROBE_TOKENS, _PROBE_WINDOW = 8, 4
 
@@ -49,7 +53,7 @@ def recipe_of_builder(call: Call) -> Recipe:
     return _recipe(call.original, size, functools.partial(_probe_with_config, arguments, owner, config), facts)
 
 
-def recipe_before(builder: Build, owner: Any) -> Recipe:
+def recipe_before(builder: Build, owner: PreTrainedModel) -> Recipe:
     """Returns how a builder of a decoder, its method or a function that reads its config, will mask one sequence.
 
     Raises PadfreeError as `recipe_of_builder`.
@@ -70,7 +74,7 @@ def _recipe(original: Build, size: int, probe: Callable[[Build], Tensor | None],
     return CAUSAL if difference is None else Recipe(window=size + difference)
 
 
-def _probe_function(arguments: dict[str, Any], original: Build) -> Tensor | None:
+def _probe_function(arguments: Arguments, original: Build) -> Tensor | None:
     embeds = torch.empty(1, _PROBE_TOKENS, 1)
     stand_ins = {
         "self": arguments.get("self"),
@@ -82,11 +86,13 @@ def _probe_function(arguments: dict[str, Any], original: Build) -> Tensor | None
     return original(**{name: stand_ins.get(name) for name in arguments})
 
 
-def _probe_with_config(arguments: dict[str, Any], owner: Any, config: Any, original: Build) -> Tensor | None:
+def _probe_with_config(
+    arguments: Arguments, owner: PreTrainedModel | None, config: PretrainedConfig, original: Build
+) -> Tensor | None:
     small = copy.copy(config)
     small.sliding_window = _PROBE_WINDOW
     embeds = torch.empty(1, _PROBE_TOKENS, 1)
-    stand_ins: dict[str, Any] = {
+    stand_ins: Arguments = {
         "config": small,
         "input_tensor": embeds,
         "inputs_embeds": embeds,

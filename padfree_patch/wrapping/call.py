@@ -6,16 +6,17 @@ import copy
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from ..upstream import Arguments, Function
 from .frames import outside_graphs, runs_uncompiled
 
-_names: weakref.WeakKeyDictionary[Callable[..., Any], tuple[tuple[str, ...], bool]] = weakref.WeakKeyDictionary()
-_signatures: weakref.WeakKeyDictionary[Callable[..., Any], inspect.Signature] = weakref.WeakKeyDictionary()
+_names: weakref.WeakKeyDictionary[Function, tuple[tuple[str, ...], bool]] = weakref.WeakKeyDictionary()
+_signatures: weakref.WeakKeyDictionary[Function, inspect.Signature] = weakref.WeakKeyDictionary()
 
 
-def signature(function: Callable[..., Any]) -> inspect.Signature:
+def signature(function: Function) -> inspect.Signature:
     """Returns the signature of a function of upstream, as it is under upstream's decorators."""
     found = _signatures.get(function)
     if found is None:
@@ -36,23 +37,23 @@ def _without_annotations(found: inspect.Signature) -> inspect.Signature:
     return found.replace(parameters=bare, return_annotation=empty)
 
 
-def takes_keyword(function: Callable[..., Any], name: str) -> bool:
+def takes_keyword(function: Function, name: str) -> bool:
     """Whether a function takes a keyword argument of that name, by name or among any."""
     takes = signature(function).parameters
     return name in takes or any(each.kind is each.VAR_KEYWORD for each in takes.values())
 
 
-def takes_unnamed(function: Callable[..., Any]) -> bool:
+def takes_unnamed(function: Function) -> bool:
     """Whether a function takes any number of arguments by position."""
     return _positional(function)[1]
 
 
-def named_twice(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def named_twice(function: Function, args: tuple[object, ...], kwargs: Arguments) -> bool:
     """Whether a call gives an argument by position and by name, for which Python or a decorator has an answer."""
     return any(name in kwargs for name in _positional(function)[0][: len(args)])
 
 
-def _positional(function: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:
+def _positional(function: Function) -> tuple[tuple[str, ...], bool]:
     """Returns the names that can be passed by position, and whether more can be."""
     found = _names.get(function)
     if found is None:
@@ -71,14 +72,14 @@ class Call:
 
     __slots__ = ("_given", "_like", "_rest", "arguments", "names", "original")
 
-    original: Callable[..., Any]
+    original: Function
     """The function itself, as it was before it was wrapped."""
     names: tuple[str, ...]
     """Of the arguments that can be passed by position, in order."""
-    arguments: dict[str, Any]
+    arguments: Arguments
     """All arguments by name, those of `**kwargs` among them; may be changed."""
 
-    def __init__(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]):
+    def __init__(self, original: Function, args: tuple[object, ...], kwargs: Arguments):
         names, _ = _positional(original)
         self.original = self._like = original
         self.arguments = {**dict(zip(names, args)), **kwargs}
@@ -93,12 +94,12 @@ class Call:
     def takes(self, name: str) -> bool:
         return takes_keyword(self._like, name)
 
-    def with_defaults(self) -> dict[str, Any]:
+    def with_defaults(self) -> Arguments:
         """Returns all arguments by name, with the defaults of those that were not given."""
         parameters = signature(self._like).parameters.values()
         return {each.name: each.default for each in parameters if each.default is not each.empty} | self.arguments
 
-    def changed(self, original: Callable[..., Any] | None = None, **arguments: Any) -> Call:
+    def changed(self, original: Function | None = None, **arguments: object) -> Call:
         """Returns a copy with some arguments changed, or of another function."""
         twin = copy.copy(self)
         twin.original, twin._like = original or self.original, original or self._like
@@ -106,7 +107,7 @@ class Call:
         twin._given = 1 if original else self._given
         return twin
 
-    def named_like(self, function: Callable[..., Any]) -> Call:
+    def named_like(self, function: Function) -> Call:
         """Returns the same call, its arguments named by the parameters of the function that the original calls."""
         given = [self.arguments[name] for name in self.names if name in self.arguments]
         named = Call(function, (*given, *self._rest), {k: v for k, v in self.arguments.items() if k not in self.names})
@@ -119,7 +120,7 @@ class Call:
         given, arguments = outside_graphs(self._sent)
         return self.original(*given, *self._rest, **arguments)
 
-    def _sent(self) -> tuple[list[Any], dict[str, Any]]:
+    def _sent(self) -> tuple[list[object], Arguments]:
         """Returns what goes by position, and the rest by name."""
         arguments, given = dict(self.arguments), []
         parameters = signature(self._like).parameters

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..upstream import Function
+
 _frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
 """Private to PyTorch. Of a version without what is looked up here, the graphs are as many as there are breaks."""
 
@@ -21,11 +23,11 @@ is_tracing: Callable[[], bool] = getattr(torch.compiler, "is_compiling", bool)
 
 _callback: Callable[[], object] = getattr(_frames, "get_eval_frame_callback", lambda: None)
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Marked = TypeVar("Marked", bound=Function)
 Value = TypeVar("Value")
 
 
-def runs_uncompiled(function: Function) -> Function:
+def runs_uncompiled(function: Marked) -> Marked:
     """Marks the code of a function: torch.compile makes no frame of its own of it, but of those that it calls."""
     if hasattr(_frames, "set_code_exec_strategy"):  # torch 2.8 on
         strategy = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT)
@@ -48,12 +50,12 @@ def graph_is_made() -> bool:
 
 
 @torch.compiler.disable
-def _disabled(function: Callable[..., Value], *args: Any) -> Value:
+def _disabled(function: Callable[..., Value], *args: object) -> Value:
     return function(*args)
 
 
 @runs_uncompiled
-def outside_graphs(function: Callable[..., Value], *args: Any) -> Value:
+def outside_graphs(function: Callable[..., Value], *args: object) -> Value:
     """Calls a function of which torch.compile sees no frame: it refuses some, generators for one, with fullgraph."""
     return _disabled(function, *args) if _callback() not in (None, False) else function(*args)
 
@@ -62,11 +64,11 @@ class Outside:
     """Enters and leaves a context so that torch.compile sees no frame of it, but those of what runs inside."""
 
     @runs_uncompiled
-    def __init__(self, make: Callable[..., AbstractContextManager[Any]], *args: Any):
+    def __init__(self, make: Callable[..., AbstractContextManager[object]], *args: object):
         self._context = outside_graphs(make, *args)
 
     @runs_uncompiled
-    def __enter__(self) -> Any:
+    def __enter__(self) -> object:
         return outside_graphs(self._context.__enter__)
 
     @runs_uncompiled

@@ -9,9 +9,10 @@ import inspect
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from ..upstream import Arguments, Function
 from .call import Call, named_twice
 from .frames import frames_are_compiled, is_tracing, outside_graphs, runs_uncompiled
 from .later_imports import when_imported
@@ -24,12 +25,14 @@ _ABSENT = object()
 _CLASS = "class "
 """Before the name of a class in `Seam.owner`, while it is pickled."""
 
-Concerns = Callable[[tuple[Any, ...], dict[str, Any]], bool]
-Answer = Callable[[Call], Any]
-Traced = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Concerns = Callable[[tuple[object, ...], Arguments], bool]
+Answer = Callable[[Call], object]
+Traced = Callable[[Function, tuple[Any, ...], Arguments], object]
 """An answer that torch.compile traces, given the function itself and the arguments of the call.
 
 NotImplemented where it can't trace one: then the graph breaks, and `answer` answers."""
+Holder = type | types.ModuleType | dict[str, Any]
+"""What has a function under a name: a class, a module, or a mapping."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Seam:
             if any(holder is each.holder and own is each.wrapper for each in here):
                 return
             current = holder[self.name] if isinstance(holder, dict) else getattr(holder, self.name)
-            wrapper: Any = wrapped(current, self.concerns, self.answer, self.takes, self.traced)
+            wrapper: Function = wrapped(current, self.concerns, self.answer, self.takes, self.traced)
             if isinstance(own, staticmethod):
                 wrapper = staticmethod(wrapper)
             here.append(Installed(holder, own, wrapper))
@@ -103,7 +106,7 @@ class Seam:
             else:  # somebody wrapped it again: theirs stays, and ours in it calls straight through
                 _pass_on(holder, wrapper, own)
 
-    def replacement(self) -> Any:
+    def replacement(self) -> object:
         """Returns what is there instead of our wrapper ("nothing" if it was deleted); None if ours is there."""
         if self._is_missing():
             return None
@@ -126,10 +129,10 @@ class Seam:
 class Installed(NamedTuple):
     """A seam that is in place, and what it replaced."""
 
-    holder: Any
-    own: Any
+    holder: Holder
+    own: object
     """What the holder itself had under the name, or _ABSENT."""
-    wrapper: Callable[..., Any]
+    wrapper: Function
     """What it has there now."""
 
 
@@ -140,7 +143,6 @@ wrapper and the seam was installed again: the newest is last."""
 
 waiting: set[Seam] = set()
 """Optional seams that models need, and that nobody has imported yet."""
-
 
 _awaited: set[str] = set()
 """Modules that wrapt was asked to wait for: it forgets one when it is imported, and can't be told to."""
@@ -161,15 +163,15 @@ def _install_waiting(module: types.ModuleType) -> None:
 
 
 def wrapped(
-    original: Callable[..., Any],
+    original: Function,
     concerns: Concerns,
     answer: Answer,
     takes: tuple[str, ...] = (),
     traced: Traced | None = None,
-) -> Callable[..., Any]:
+) -> Function:
     """Returns a plain function that answers the calls which concern us and passes all others on."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         if not is_tracing() and frames_are_compiled():
             made = outside_graphs(_call_of, original, concerns, args, kwargs)
             return original(*args, **kwargs) if made is None else answer(made)
@@ -190,9 +192,7 @@ def wrapped(
     return call
 
 
-def _call_of(
-    original: Callable[..., Any], concerns: Concerns, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Call | None:
+def _call_of(original: Function, concerns: Concerns, args: tuple[object, ...], kwargs: Arguments) -> Call | None:
     """Returns a call that concerns us, or None."""
     if not concerns(args, kwargs) or named_twice(original, args, kwargs):
         return None
@@ -206,18 +206,18 @@ class _Shown:
     there on the instance, where upstream's function would go past us.
     """
 
-    def __init__(self, wrapper: Callable[..., Any], original: Callable[..., Any]):
+    def __init__(self, wrapper: Function, original: Function):
         functools.update_wrapper(self, original)
         del self.__wrapped__  # type: ignore[attr-defined]
         self._wrapper, self.__code__ = wrapper, _shown_code(original)
         self.__signature__ = inspect.signature(original)
         setattr(self, ORIGINAL, original)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         return self._wrapper(*args, **kwargs)
 
 
-def _shown_code(function: Callable[..., Any]) -> types.CodeType | None:
+def _shown_code(function: Function) -> types.CodeType | None:
     """Returns the code under all wrappers, of a plain function without its `*args`, keyword-only names and `**kwargs`.
 
     For these torch.fx would give the outermost function, ours, the number of arguments of the code that it looked at.
@@ -250,12 +250,12 @@ def is_wrapper(function: object) -> bool:
     return isinstance(function, _Shown) or getattr(function, "__code__", None) is _WRAPPER_CODE
 
 
-def original_of(function: Callable[..., Any]) -> Callable[..., Any]:
+def original_of(function: Function) -> Function:
     """Returns what one of our wrappers wraps; any other function as it is."""
     return getattr(function, ORIGINAL, function)
 
 
-def _holder(owner: type | str, name: str) -> Any:
+def _holder(owner: type | str, name: str) -> Holder:
     """Returns the class, module or dictionary that has the function.
 
     transformers' mappings (4.53 on) keep what every instance has apart from what one instance has been given.
@@ -280,18 +280,18 @@ def _attribute(module: str, name: str) -> Any:
     return found
 
 
-def _own_entries(holder: Any) -> Any:
+def _own_entries(holder: Holder) -> Mapping[str, object]:
     """Returns what the holder itself has, by name."""
     return holder if isinstance(holder, dict) else vars(holder)
 
 
-def _pass_on(holder: Any, wrapper: Callable[..., Any], own: Any) -> None:
+def _pass_on(holder: Holder, wrapper: Function, own: object) -> None:
     """Gives what a wrapper replaced to the seam, if any, that replaced the wrapper, to put back in its place."""
     for here in installed.values():
         here[:] = [each._replace(own=own) if each.holder is holder and each.own is wrapper else each for each in here]
 
 
-def _put(holder: Any, name: str, value: Any) -> None:
+def _put(holder: Holder, name: str, value: object) -> None:
     if isinstance(holder, dict):
         holder[name] = value  # never absent before: a key is wrapped only where it is
     elif value is _ABSENT:
