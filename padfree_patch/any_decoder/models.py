@@ -28,6 +28,7 @@ from ..wrapping.call import Call
 from ..wrapping.opt_in import OptIn
 from .images import check_other_inputs
 from .noted_mask import find_noted, noted_mask
+from .recorded import join_recorded
 from .way import Way, parameter_names
 
 NAME = "models"
@@ -58,7 +59,9 @@ def _answer(call: Call) -> object:
             return on_labelled_tokens(call, proceed)
     served = _several_rows_served(call.module, batch)
     with answering(call.module, batch), running(batch=batch), sharing_masks(), served:
-        return pool(call, batch) if pools(call.module) else on_labelled_tokens(call, Call.proceed)
+        output = pool(call, batch) if pools(call.module) else on_labelled_tokens(call, Call.proceed)
+        join_recorded(output, batch.position_ids.numel())
+        return output
 
 
 @contextmanager

@@ -31,8 +31,11 @@ def logits_alone(make: Make, sequences: Sequence[Tensor]) -> Tensor:
 
 
 def _logits_of_one(make: Make, tokens: Tensor) -> Tensor:
+    model = make()
+    # Gemma 2 of 4.45 and 4.46 on flash-attn reads beyond its example where it has a mask and a cache.
+    no_cache = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     try:
-        logits: Tensor = make()(**as_batch(tokens)).logits
+        logits: Tensor = model(**as_batch(tokens), **no_cache).logits
         return logits
     except TypeError:  # Falcon 4.36 to 4.44 can't run one token alone; what follows it can't change its logits
         assert tokens.shape[1] == 1
