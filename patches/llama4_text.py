@@ -2,6 +2,8 @@
 
 That place is counted over the row, so such a layer's attention runs on each sequence.
 
+4.54 and 4.55 are refused on eager and sdpa: unpatched and alone, an example's first tokens change with later ones.
+
 Read against models/llama4/modeling_llama4.py of transformers 4.53.3, 4.57.6 and 5.24.0.
 """
 

@@ -13,12 +13,17 @@ pytestmark = pytest.mark.slow
 
 
 LLAMA, MISTRAL = (pytest.param(patch, id=patch.model_type) for patch in MACHINERY[:2])
-"""Without a window, and with one."""
+"""Without a window and loaded as eager, and with one and as sdpa: what compiles depends on each alone."""
 
 
 @pytest.fixture(params=[LLAMA, MISTRAL])
 def patch(request):
     return request.param
+
+
+@pytest.fixture
+def implementation(patch):
+    return {LLAMA.id: "eager", MISTRAL.id: "sdpa"}[patch.model_type]
 
 
 @pytest.fixture(autouse=True)
