@@ -28,19 +28,20 @@ class LabelledTokens:
     """int64 (N,): places among the B * T tokens."""
     targets: Tensor
     """(N,): the label that each predicts."""
-    shape: tuple[int, int]
-    """(B, T)."""
+    predicted: Tensor
+    """(B, T): what each token predicts, a label or that it is ignored. Its shape is that of the batch: numbers in the
+    place of the tensor would be constants of torch.compile's graph, and every length would need a new one."""
     shifts: bool
     """Whether the loss compares a row of logits with the label after it."""
     also_shifted: bool = False
     """Whether the call has shift_labels too."""
 
     @classmethod
-    def found(cls, predicted: Tensor, shape: tuple[int, int], *, shifts: bool) -> LabelledTokens:
+    def found(cls, predicted: Tensor, *, shifts: bool) -> LabelledTokens:
         """Finds them in what each token predicts, (B, T). One device sync."""
         flat = predicted.reshape(-1)
         rows = (flat != IGNORED_LABEL).nonzero().squeeze(1)
-        return cls(rows, flat.index_select(0, rows), shape, shifts)
+        return cls(rows, flat.index_select(0, rows), predicted, shifts)
 
     def narrow(self, call: Call) -> Call:
         """Returns a head's call with the labels of these tokens."""
@@ -84,12 +85,12 @@ class Selected(Handed):
 
         Raises PadfreeError if the decoder gives no hidden states for each token.
         """
-        states, shape = hidden_states_of(output), self.tokens.shape
+        states, shape = hidden_states_of(output), self.tokens.predicted.shape
         if states is None or states.shape[:2] != shape or hasattr(states, "device_mesh"):
             found = type(output).__name__ if states is None else f"{type(states).__name__} {tuple(states.shape)}"
             raise PadfreeError(
-                f"{type(decoder).__name__} gives {found}, and no tensor of hidden states for {shape} tokens, from "
-                f"which rows can be taken; call padfree_patch.apply(model) with logits='all'"
+                f"{type(decoder).__name__} gives {found}, and no tensor of hidden states for {tuple(shape)} tokens, "
+                f"from which rows can be taken; call padfree_patch.apply(model) with logits='all'"
             )
         return states.flatten(0, 1).index_select(0, self.tokens.rows.to(states.device, non_blocking=True))
 

@@ -113,15 +113,14 @@ def _labelled_tokens(call: Call, sent: LabelledRows | None) -> LabelledTokens | 
         return None
     if not is_language_head(head) or not _loss_is_upstreams(head, arguments) or _needs_all(head, arguments, labels):
         return None
-    shape = (int(labels.shape[0]), int(labels.shape[1]))
     if reads_first_label(head):
-        return LabelledTokens.found(labels, shape, shifts=False)
+        return LabelledTokens.found(labels, shifts=False)
     shifted = arguments.get("shift_labels")
     if isinstance(shifted, Tensor) and _reads_shifted(head):
-        found = LabelledTokens.found(shifted, shape, shifts=True)
+        found = LabelledTokens.found(shifted, shifts=True)
     else:
         following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-        found = LabelledTokens.found(following, shape, shifts=True) if sent is None else _sent(following, shape, sent)
+        found = LabelledTokens.found(following, shifts=True) if sent is None else _sent(following, sent)
     return dataclasses.replace(found, also_shifted=isinstance(shifted, Tensor))
 
 
@@ -171,12 +170,11 @@ def _reads_shifted(head: nn.Module) -> bool:
     return loss is not None and "shift_labels" in signature(loss).parameters
 
 
-def _sent(following: Tensor, shape: tuple[int, int], sent: LabelledRows) -> LabelledTokens:
+def _sent(following: Tensor, sent: LabelledRows) -> LabelledTokens:
     """Returns the tokens that the collator found. Without a device sync.
 
     Args:
         following: (B, T), the label of the token after each.
-        shape: (B, T).
         sent: what the collator found.
 
     Raises PadfreeError, or the device's error, if labels are not among them.
@@ -192,4 +190,4 @@ def _sent(following: Tensor, shape: tuple[int, int], sent: LabelledRows) -> Labe
     rows = sent.rows.to(following.device, non_blocking=True)
     targets = following.reshape(-1).index_select(0, rows)
     check_on_device((targets != IGNORED_LABEL).sum() == (following != IGNORED_LABEL).sum(), message)
-    return LabelledTokens(rows, targets, shape, shifts=True)
+    return LabelledTokens(rows, targets, following, shifts=True)

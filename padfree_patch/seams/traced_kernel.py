@@ -10,9 +10,17 @@ from torch import Tensor, nn
 from ..wrapping.opt_in import OptIn
 from .kernel import autocast_dtype
 
+_PRIVATE = (
+    "_AutoDispatchBelowAutograd",
+    "_ForceDispatchKeyGuard",
+    "_dispatch_tls_local_exclude_set",
+    "_dispatch_tls_local_include_set",
+)
+"""What `graph.py` needs of torch._C, which may be gone one day."""
+
 operator: Callable[..., Tensor] | None = None
-"""What stands for attention in a graph; None until torch 2.4, which has no such operators."""
-if hasattr(torch.library, "custom_op"):
+"""What stands for attention in a graph; None where torch, as until 2.4, can't make such operators."""
+if hasattr(torch.library, "custom_op") and all(hasattr(torch._C, name) for name in _PRIVATE):
     from .graph import attend as operator
 
 

@@ -17,6 +17,7 @@ from ..upstream import Function
 
 _frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
 """Private to PyTorch. Of a version without what is looked up here, the graphs are as many as there are breaks."""
+_STRATEGIES = ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction")
 
 is_tracing: Callable[[], bool] = getattr(torch.compiler, "is_compiling", bool)
 """Whether torch.compile, or torch.export, traces the code that asks."""
@@ -29,7 +30,7 @@ Value = TypeVar("Value")
 
 def runs_uncompiled(function: Marked) -> Marked:
     """Marks the code of a function: torch.compile makes no frame of its own of it, but of those that it calls."""
-    if hasattr(_frames, "set_code_exec_strategy"):  # torch 2.8 on
+    if all(hasattr(_frames, name) for name in _STRATEGIES):  # torch 2.8 on
         strategy = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT)
         _frames.set_code_exec_strategy(function.__code__, strategy)
     elif hasattr(_frames, "skip_code"):

@@ -87,6 +87,19 @@ def test_packed_step_is_one_graph_for_all_lengths():
     assert graphs[:3] == [1, 1, 0] and graphs[3] <= 1 and graphs[4] == 0  # the fourth has another number of sequences
 
 
+@pytest.mark.parametrize("logits", ["labelled", "chunked"])
+def test_logits_of_labelled_tokens_need_no_new_graph_for_other_lengths(logits):
+    """Whatever of a batch is a number in Python and no tensor's shape, a graph takes for a constant."""
+    model, graphs = padfree_patch.apply(make(num_hidden_layers=1), logits=logits).train(), []
+    compiled = torch.compile(model, backend="eager")
+    for lengths in BATCHES[:3]:
+        before = counters["stats"]["unique_graphs"]
+        batch = pack(examples(lengths))
+        compiled(**batch, labels=batch["input_ids"]).loss.backward()
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+    assert graphs == [1, 1, 0]
+
+
 def test_decoder_alone_is_one_graph():
     options = {"num_hidden_layers": 1}
     model, oracle = (make("llama", "eager", **options) for _ in range(2))
