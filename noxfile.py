@@ -276,7 +276,7 @@ def real_input(session: nox.Session) -> None:
 
 @nox.session
 def benchmark(session: nox.Session) -> None:
-    """`-- step ...`, `labelled`, `memory`, `attention`, `overhead`, `scaling`, `convergence`, `packing` or `report`."""
+    """`-- step ...`: a script of benchmarks/, whose first lines say its options; `-- report` writes their page."""
     name, *arguments = session.posargs
     beside = [TRL[VERSIONS[-1]]] if name == "packing" else []  # beside which our packing is measured
     session.install("-e", ".[demo]", *pins(VERSIONS[-1]), *beside)

@@ -71,6 +71,7 @@ def page() -> str:
         **gpu_values(gpu),
         **shared_values(json.loads((RESULTS / "shared_prompts.json").read_text())),
         **labelled_values(labelled),
+        **compiled_values(json.loads((RESULTS / "compiled.json").read_text())),
         syncs=", ".join(f"{count} {name}" for name, count in overhead["syncs_per_step"].items()),
     )
 
@@ -186,6 +187,26 @@ def scaling_table(found: list[dict[str, Any]]) -> str:
     return table(
         ("tokens in the row", "padding-free, s", "over the ceiling", "native, s", "padding-free over native"), rows
     )
+
+
+def compiled_values(found: dict[str, Any]) -> dict[str, Any]:
+    """Returns the table and the figures about torch.compile."""
+    rows = [
+        (name, f"**{spread(found[of])}**")
+        for name, of in (
+            ("padding-free, compiled, over padding-free", "compiled_over_as_it_is"),
+            ("padding-free, compiled, over padded, compiled", "compiled_over_compiled_padded"),
+            ("padding-free over padded", "as_it_is_over_padded"),
+        )
+    ]
+    return {
+        "compiled_speeds": table(("step", "speed"), rows),
+        "compiled_layers": found["layers"],
+        "compiled_batch": found["batch_size"],
+        "compiled_operator": f"{found['operator_over_attention']:.2f}",
+        "compiled_breaks": found["graph_breaks"],
+        "compiled_apart": f"{found['largest_difference_of_loss']:.0e}",
+    }
 
 
 def labelled_values(found: dict[str, Any]) -> dict[str, Any]:

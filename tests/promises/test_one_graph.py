@@ -198,12 +198,16 @@ def test_function_around_the_model_breaks_once():
     assert breaks() == 1
 
 
-def test_breaks_of_a_packed_call_are_upstreams_own():
-    """As docs/guide.md says of rotaries that depend on the length."""
+@pytest.mark.parametrize(
+    ("model_type", "config"), [("llama", {"num_hidden_layers": 1, **DYNAMIC}), ("dbrx", {"n_layers": 1})]
+)
+def test_breaks_of_a_packed_call_are_upstreams_own(model_type, config):
+    """As docs/guide.md says of rotaries that depend on the length, and of DBRX's experts."""
     (ids,) = examples((9,))
-    model = make("llama", num_hidden_layers=1, **DYNAMIC)
+    model = make(model_type, **config)
     torch.compile(model, backend="eager")(input_ids=ids, use_cache=False)
     upstreams = breaks()
+    assert upstreams > 0
     forget_graphs()
     batch = pack(examples((5, 1, 9)))
     expected = padfree_patch.apply(model)(**batch).logits
