@@ -7,7 +7,7 @@ import copy
 import torch
 from transformers import Trainer, TrainingArguments
 
-from helpers.comparison import Training
+from helpers.comparison import LEARNING_RATE, Training
 from padfree_patch import DataCollatorWithFlattening, apply, versions
 
 LENGTHS = [5, 9, 2, 12, 7, 17, 3, 4, 6, 11, 2, 8, 13, 5, 9, 4, 6, 3, 10, 7]
@@ -36,7 +36,7 @@ def padding(features):
 def trainer_of(model, folder, collator, *, dataset=None, callbacks=(), **options):
     arguments = TrainingArguments(
         str(folder),
-        **{"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 1e-2, "optim": "sgd", **options},
+        **{"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": LEARNING_RATE, "optim": "sgd", **options},
         per_device_eval_batch_size=8,
         logging_steps=1,
         report_to=[],

@@ -16,7 +16,7 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 import padfree_patch
-from helpers.comparison import Training, assert_same_training
+from helpers.comparison import LEARNING_RATE, Training, assert_same_training
 from padfree_patch import (
     DataCollatorForCompletionOnlyLM,
     DataCollatorWithFlattening,
@@ -88,7 +88,7 @@ def trained(
         gradient_checkpointing=False,
         save_strategy="no",
         **{
-            "learning_rate": 1e-2,
+            "learning_rate": LEARNING_RATE,
             "dataset_kwargs": {"skip_prepare_dataset": True},
             "max_steps": 3,
             **length,

@@ -14,7 +14,7 @@ import torch
 import transformers
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-from helpers.comparison import Training, assert_same_training
+from helpers.comparison import LEARNING_RATE, Training, assert_same_training
 from padfree_patch import DataCollatorForPreference, DataCollatorWithFlattening, PadfreeError, apply
 from padfree_patch.integrations.padded import pack_padded
 from padfree_patch.measure.texts import train_tokenizer
@@ -60,7 +60,7 @@ def options(folder, **more):
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": 3,
-        "learning_rate": 1e-2,
+        "learning_rate": LEARNING_RATE,
         "optim": "sgd",
         "max_grad_norm": 0.0,
         "logging_steps": 1,
