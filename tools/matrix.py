@@ -12,8 +12,6 @@ python tools/matrix.py --ways FOLDER       what tools/upstream_ways.py wrote, in
 
 from __future__ import annotations
 
-import copy
-import functools
 import gc
 import json
 import sys
@@ -32,6 +30,7 @@ from padfree_patch import PadfreeError, patching, versions
 from padfree_patch.patching import support
 from padfree_patch.registry import Patch, found_by_check, patch_for, registry
 from padfree_patch.testing import CHECKS, Unavailable, UpstreamFails, checks, conformance, tiny_model
+from padfree_patch.testing.stored import Stored
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "support.md"
@@ -86,7 +85,7 @@ def verdict(patch: Patch, implementation: str, config: dict[str, Any], checks_to
         return f"upstream fails: {first_line(error)}"
     except Unavailable as reason:
         return f"absent: {first_line(reason)}"
-    make = functools.partial(copy.deepcopy, copy.deepcopy(model))  # never run: rotaries remember what they have seen
+    make = Stored(model)  # never run: rotaries remember what they have seen
     if failure := failure_of(lambda: model(input_ids=torch.arange(3, 9).unsqueeze(0))):
         return f"upstream fails: {failure}"
     try:

@@ -13,6 +13,7 @@ from .. import versions
 from ..batch.labels import IGNORED_LABEL
 from ..registry import Patch
 from ..upstream import Arguments
+from .stored import Stored
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -30,6 +31,11 @@ TINY: dict[str, int] = {
     "pad_token_id": 0,
 }
 """Config values that most decoders share; a patch overrides them with its `tiny`."""
+
+
+MOST_STORED = 64
+_STORED: dict[str, Stored[PreTrainedModel]] = {}
+"""What was made last: upstream takes ten times as long to initialise a model, and tests ask for the same many times."""
 
 
 class Unavailable(Exception):
@@ -51,21 +57,31 @@ def tiny_model(patch: Patch, implementation: str = "sdpa", *, seed: int = 0, **c
 
     Raises Unavailable if upstream has no such model here, UpstreamFails if it fails to build it.
     """
+    values = {**TINY, **patch.tiny, **config}
+    here = torch.get_default_dtype(), torch.empty(0).device, versions.transformers_version()
+    key = repr((patch.model_type, implementation, seed, sorted(values.items()), here))
+    if key not in _STORED:
+        _STORED[key] = Stored(_initialised(_config(patch, values), patch.model_type, implementation, seed))
+        if len(_STORED) > MOST_STORED:
+            del _STORED[next(iter(_STORED))]
+    return _STORED[key]()
+
+
+def _initialised(config: PretrainedConfig, model_type: str, implementation: str, seed: int) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    built = _config(patch, {**TINY, **patch.tiny, **config})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if versions.transformers("<4.36"):
             if implementation == "sdpa":
                 raise Unavailable(f"transformers {versions.transformers_version()} has no sdpa attention")
-            built._flash_attn_2_enabled = implementation == "flash_attention_2"
-            return AutoModelForCausalLM.from_config(built).eval()
+            config._flash_attn_2_enabled = implementation == "flash_attention_2"
+            return AutoModelForCausalLM.from_config(config).eval()
         try:
-            return AutoModelForCausalLM.from_config(built, attn_implementation=implementation).eval()
+            return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
         except Exception as error:  # upstream's own
             kind = Unavailable if "does not support" in str(error) else UpstreamFails
-            raise kind(f"{patch.model_type} can't be loaded as {implementation}: {error!r}") from error
+            raise kind(f"{model_type} can't be loaded as {implementation}: {error!r}") from error
 
 
 def _config(patch: Patch, values: Arguments) -> PretrainedConfig:

@@ -56,7 +56,7 @@ def verify(model: nn.Module, batch: Mapping[str, object] | None = None) -> Verif
     on. Without it, the examples are random and short.
 
     Works in train and eval mode, with frozen parameters, inside PEFT and under `torch.no_grad`. Leaves parameters,
-    gradients, modes and the random state as they were. Takes seven short forwards and one backward; in half precision
+    gradients, modes and the random state as they were. Takes five short forwards and one backward; in half precision
     two more forwards, which measure how far rounding alone moves the model. If the head gives one result per row, only
     the decoder is run. If weights of several dtypes can't run without autocast, they are run under it.
 
@@ -92,7 +92,7 @@ def _measure(name: str, model: nn.Module, probe: Probe) -> Verification:
     change, gradient = probe.logit_change(), probe.leaked_gradient()
     refused = _why_alone_is_refused(model)
     error, tolerance = (math.nan, math.nan) if refused else probe.alone_error()
-    allowed = rounding_of_neighbours(model, probe.packed(probe.a))
+    allowed = rounding_of_neighbours(model, probe.row)
     leaks = change > allowed or gradient != 0
     labelled = Comparison() if (logits := logits_of(model)) == "all" else compare_logits(probe, logits)
     return Verification(

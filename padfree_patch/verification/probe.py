@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -79,9 +80,14 @@ class Probe:
         """Runs an A and B in one row."""
         return self.logits(torch.cat([a, self.b], dim=1), position_ids=self.positions, **options)
 
+    @cached_property
+    def row(self) -> Tensor:
+        """The logits of A and B in one row, run once for all that is compared with them."""
+        return self.packed(self.a).detach()
+
     def logit_change(self) -> float:
         """Measures how far B's logits move when A changes."""
-        before, after = self.packed(self.a), self.packed(self.other_a)
+        before, after = self.row, self.packed(self.other_a)
         return largest((before - after)[:, LENGTHS[0] :])
 
     def leaked_gradient(self) -> float:
@@ -120,9 +126,8 @@ class Probe:
         """Measures the relative difference between packed and alone; gives it, and what it may be."""
         with Dtypes() as computed:
             alone = torch.cat([self.alone(each) for each in (self.a, self.b)], dim=1)
-        packed = self.packed(self.a)
         finest = torch.promote_types(alone.dtype, torch.float32)
-        error = largest(packed.to(finest) - alone.to(finest)) / max(largest(alone), torch.finfo(torch.float32).tiny)
+        error = largest(self.row.to(finest) - alone.to(finest)) / max(largest(alone), torch.finfo(torch.float32).tiny)
         return error, self.tolerance(computed, alone)
 
     def tolerance(self, computed: Dtypes, logits: Tensor) -> float:

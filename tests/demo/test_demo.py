@@ -13,6 +13,7 @@ from padfree_patch.demo.command import demo
 from padfree_patch.demo.compare import whole_file
 
 pytest.importorskip("accelerate")
+pytestmark = pytest.mark.xdist_group("demo")  # `finished` is made once, not by each of pytest's processes
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
 
 def run(*arguments: str, cwd: Path, installed: str = "") -> str:
     """Runs Python in `cwd`, with the packages in `installed` beside those of this environment."""
-    environment = {**os.environ, "PYTHONPATH": installed, "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PYTHONPATH": installed}
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,

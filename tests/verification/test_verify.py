@@ -98,6 +98,15 @@ def test_takes_under_a_second(llama):
     assert time.perf_counter() - start < 1
 
 
+def test_runs_the_model_five_times(llama):
+    """Two packed rows and their gradients, and two examples alone: no row twice for what is compared with it."""
+    calls = []
+    llama.model.register_forward_hook(lambda module, args, output: calls.append(output))
+    with padfree_patch.applied(llama, verify=False):
+        assert padfree_patch.verify(llama)
+    assert len(calls) == 5
+
+
 def test_says_why_nothing_was_measured():
     with torch.device("meta"):
         model = tiny_model(registry().get("llama"))
