@@ -8,7 +8,6 @@ compared with each example alone, and one of them is then exchanged: where the o
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import json
@@ -26,6 +25,7 @@ from padfree_patch import versions
 from padfree_patch.registry import Patch, registry
 from padfree_patch.testing import Unavailable, checkpointing, conformance, examples, pack, tiny_model
 from padfree_patch.testing.oracle import LOGIT_TOLERANCE, largest
+from padfree_patch.testing.stored import Stored
 
 LENGTHS = (9, 8)
 
@@ -151,7 +151,7 @@ def word_for(patch: Patch, implementation: str, call: Call) -> str:
         made = model_of(patch, implementation)
     except Unavailable:
         return "absent"
-    make = functools.partial(copy.deepcopy, made)
+    make = Stored(made)
     (a, b), (other_a,) = examples(LENGTHS), examples(LENGTHS[:1], seed=2)
     try:
         alone = logits_alone(patch, implementation)
@@ -167,9 +167,7 @@ def word_for(patch: Patch, implementation: str, call: Call) -> str:
 
 @functools.cache
 def logits_alone(patch: Patch, implementation: str) -> Tensor:
-    return conformance.logits_alone(
-        functools.partial(copy.deepcopy, model_of(patch, implementation)), examples(LENGTHS)
-    )
+    return conformance.logits_alone(Stored(model_of(patch, implementation)), examples(LENGTHS))
 
 
 @functools.cache
