@@ -159,7 +159,7 @@ def _verify(patch: Patch, model: nn.Module) -> Check | str:
             f"{versions.transformers_version()} (patch tested on {patch.transformers}); it was put back as it was"
         ) from error
     result = checked.result
-    if reason := result.skipped or verification.why_nothing_shows(model):
+    if reason := result.skipped or (None if result.finite else verification.why_nothing_shows(model)):
         return reason
     if not result:
         raise result.error("the patched model", outcome="it was put back as it was")

@@ -61,7 +61,7 @@ def verify(model: nn.Module, batch: Mapping[str, object] | None = None) -> Verif
     the decoder is run. If weights of several dtypes can't run without autocast, they are run under it.
 
     Returns the figures; nothing is raised for a leak. Weights on the meta device or sharded over processes can't be
-    run: then `skipped` says so.
+    run, and where no output depends on the tokens, as with weights of zero, nothing shows: then `skipped` says so.
 
     Raises PadfreeError if `batch` is not packed.
     """
@@ -89,7 +89,10 @@ def _verified(
 
 
 def _measure(name: str, model: nn.Module, probe: Probe) -> Verification:
-    change, gradient = probe.logit_change(), probe.leaked_gradient()
+    own_change, change = probe.logit_changes()
+    if own_change == 0 and (reason := why_nothing_shows(model)):
+        return Verification(model=name, skipped=reason)
+    gradient = probe.leaked_gradient()
     refused = _why_alone_is_refused(model)
     error, tolerance = (math.nan, math.nan) if refused else probe.alone_error()
     allowed = rounding_of_neighbours(model, probe.row)

@@ -85,10 +85,10 @@ class Probe:
         """The logits of A and B in one row, run once for all that is compared with them."""
         return self.packed(self.a).detach()
 
-    def logit_change(self) -> float:
-        """Measures how far B's logits move when A changes."""
-        before, after = self.row, self.packed(self.other_a)
-        return largest((before - after)[:, LENGTHS[0] :])
+    def logit_changes(self) -> tuple[float, float]:
+        """Measures how far A's logits move when A changes, and how far B's do."""
+        moved = self.row - self.packed(self.other_a)
+        return largest(moved[:, : LENGTHS[0]]), largest(moved[:, LENGTHS[0] :])
 
     def leaked_gradient(self) -> float:
         """Measures the gradient of B's loss at A's embeddings."""

@@ -107,6 +107,17 @@ def test_runs_the_model_five_times(llama):
     assert len(calls) == 5
 
 
+@pytest.mark.parametrize("patched", [False, True], ids=["unpatched", "patched"])
+def test_model_that_is_blind_to_its_tokens_shows_nothing(llama, patched):
+    """No example can reach another in what it gives, with the patch or without: that is no isolation."""
+    torch.nn.init.zeros_(llama.model.embed_tokens.weight)
+    if patched:
+        padfree_patch.apply(llama, verify=False)
+    result = padfree_patch.verify(llama)
+    assert not result
+    assert "do not depend on the tokens" in result.skipped
+
+
 def test_says_why_nothing_was_measured():
     with torch.device("meta"):
         model = tiny_model(registry().get("llama"))
