@@ -49,17 +49,17 @@ def concerns_named(args: tuple[object, ...], kwargs: Arguments) -> bool:
 @torch.compiler.disable
 def answer(call: Call) -> object:
     """Answers the forward of a module that is handed the stand-in for the mask."""
-    return _on_each(call, _batch_in(call))
+    return on_each(call, batch_in(call))
 
 
 @torch.compiler.disable
 def answer_named(call: Call) -> object:
     """Answers the forward of a module that `verify` named; without a mask, it counts its positions by itself."""
-    batch = under_way.batch or _batch_in(call)
+    batch = under_way.batch or batch_in(call)
     positions = call.arguments.get("position_ids")
     if isinstance(positions, Tensor) and positions.dim() > 1 and find_noted(call.arguments.values()) is None:
         call = call.changed(position_ids=None)  # those of a packed row; alone it would have counted them itself
-    return _on_each(call, batch)
+    return on_each(call, batch)
 
 
 def _check_not_run_again(module: object) -> None:
@@ -72,7 +72,7 @@ def _check_not_run_again(module: object) -> None:
         )
 
 
-def _batch_in(call: Call) -> PackedBatch:
+def batch_in(call: Call) -> PackedBatch:
     """Returns the batch that the stand-in among the arguments carries."""
     mask = find_noted(call.arguments.values())
     assert mask is not None  # or the call would not have concerned us
@@ -80,7 +80,8 @@ def _batch_in(call: Call) -> PackedBatch:
     return batch_of(mask, next((each.device for each in tensors), mask.device))
 
 
-def _on_each(call: Call, batch: PackedBatch) -> object:
+def on_each(call: Call, batch: PackedBatch) -> object:
+    """Runs a module's own forward on each sequence, and joins the results."""
     module, cutter = call.module, Cutter(batch, call.module)
     arguments = {name: value for name, value in call.arguments.items() if value is not module}
     with nothing_running():

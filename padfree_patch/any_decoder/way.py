@@ -26,15 +26,24 @@ class Way:
     """Classes whose modules run on each sequence when they are handed the mask."""
     named: frozenset[type] = frozenset()
     """Classes that `verify` named: their modules run on each sequence, handed the mask or not."""
+    whole: frozenset[type] = frozenset()
+    """Classes whose modules run once on the whole row, with kernels that are told where sequences begin."""
 
     def with_named(self, cls: type) -> Way:
+        """Returns the way to try next, since a module of this class leaks."""
+        if cls in self.whole:
+            return dataclasses.replace(self, whole=self.whole - {cls}, split=self.split | {cls})
         return dataclasses.replace(self, named=self.named | {cls})
+
+    def with_whole(self, classes: frozenset[type]) -> Way:
+        return dataclasses.replace(self, whole=classes, split=self.split - classes)
 
     def __str__(self) -> str:
         special = {type(each) for each in self.fast if (opt_in := OptIn.of(each)) and opt_in.special}
         parts = [
             ("by a varlen kernel", {type(each) for each in self.fast} - special),
             ("by upstream's function per sequence", special),
+            ("by kernels that are told where sequences begin", set(self.whole)),
             ("per sequence", self.split - self.named),
             ("per sequence, named by verify", self.named),
         ]
@@ -52,6 +61,7 @@ def ways_of(model: nn.Module) -> list[Way]:
     users = tuple(each for each in model.modules() if each not in apart and can_be_answered(each))
     plain = tuple(each for each in users if not counts_tokens(each))
     others = frozenset(type(each) for each in _innermost(model) if each not in models and each not in apart)
+    others -= {type(each) for each in _around(model)}  # NemotronH's block: around a mixer, or an MLP that needs no mask
     answered = frozenset(type(each) for each in users)
     counting = answered - {type(each) for each in plain}
     fast = [Way(models, plain, (others - answered) | counting)] if plain else []
@@ -94,9 +104,15 @@ def _takes_tokens(module: nn.Module) -> bool:
 
 def _innermost(model: nn.Module) -> list[nn.Module]:
     """Returns the modules that take a mask and hold none that does."""
+    around = _around(model)
+    return [each for each in model.modules() if _takes_mask(each) and each not in around]
+
+
+def _around(model: nn.Module) -> set[nn.Module]:
+    """Returns the modules that take a mask and hold others that do."""
     taking = [each for each in model.modules() if _takes_mask(each)]
     known = set(taking)
-    return [each for each in taking if not any(child in known for child in each.modules() if child is not each)]
+    return {each for each in taking if any(child in known for child in each.modules() if child is not each)}
 
 
 def _in_lists(model: nn.Module) -> list[nn.Module]:

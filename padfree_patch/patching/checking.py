@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -31,11 +32,11 @@ class Check:
         return str(self.result)
 
 
-def check(model: nn.Module) -> Check:
-    """Verifies a patched model. Raises what the model raises."""
+def check(model: nn.Module, training: Sequence[nn.Module] = ()) -> Check:
+    """Verifies a patched model, with some of its modules in training mode. Raises what the model raises."""
     start = time.perf_counter()
     with recording_backends() as backends:
-        result = verification.verify(model)
+        result = verification.verify_in_training(model, training) if training else verification.verify(model)
     return Check(result, tuple(sorted(backends)), time.perf_counter() - start)
 
 

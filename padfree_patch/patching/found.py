@@ -7,6 +7,7 @@ from torch import nn
 from .. import verification
 from ..any_decoder.decoder import check_decoder, check_reads_one_text
 from ..any_decoder.way import Way, ways_of
+from ..any_decoder.whole_row import note_device, with_kernels
 from ..errors import PadfreeError
 from ..models import pretrained_modules
 from ..registry import registry
@@ -30,15 +31,15 @@ def apply_found(model: nn.Module, before: State, backend: str, *, verify: bool) 
     before.take_off()  # what is patched already would answer for a way that lacks it
     check_decoder(model)
     clean, failures = State(model), []
-    for way in ways_of(model):
+    unchecked = _why_not_to_check(model, verify=verify)
+    for way in ways_of(model) if unchecked else with_kernels(ways_of(model)):
         for _ in range(MOST_NAMED + 1):
             opt_in(plan_way(model, way), {}, backend)
             _describe(model, way)
-            unchecked = _why_not_to_check(model, verify=verify)
             if unchecked:
                 _keep(model, way)
                 return unchecked
-            result = _measured(model)
+            result = _measured(model, way)
             if isinstance(result, Check) and result.result.ok:
                 _keep(model, way)
                 return result
@@ -86,10 +87,15 @@ def _why_not_to_check(model: nn.Module, *, verify: bool) -> str | None:
     return verification.why_it_cannot_run(model)
 
 
-def _measured(model: nn.Module) -> Check | str:
-    """Returns what verify measures, or the error of a packed row that does not run."""
+def _measured(model: nn.Module, way: Way) -> Check | str:
+    """Returns what verify measures, or the error of a packed row that does not run.
+
+    Mixers whose kernels are told where sequences begin may call others in training (Mamba 2): both modes are tried.
+    """
+    told = [each for each in model.modules() if type(each) in way.whole]
     try:
-        return check(model)
+        found = check(model)
+        return check(model, training=told) if told and found.result.ok else found
     except Exception as error:
         return f"  a packed row fails: {type(error).__name__}: {error}"
 
@@ -121,3 +127,4 @@ def _keep(model: nn.Module, way: Way) -> None:
     for mine in OptIn.all_in(model).values():
         mine.way, mine.layers = str(way), mine.answered  # what was special about attention shows only now
         mine.trying, mine.reads_first_label = False, reads
+    note_device(model.modules(), way)

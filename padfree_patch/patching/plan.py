@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..any_decoder import builders, interface, mixers, models
+from ..any_decoder import builders, interface, mixers, models, whole_row
 from ..any_decoder.way import Way
 from ..registry import Patch, model_type_of
 from ..seams import KINDS, adapters, generation, rotary
@@ -36,7 +36,7 @@ def plan(model: nn.Module, patch: Patch) -> Plan:
 
 def plan_way(model: nn.Module, way: Way) -> Plan:
     """Finds the places of a way to patch a model that no patch is registered for. Changes nothing."""
-    kinds = (models, builders, interface, mixers)
+    kinds = (models, builders, interface, mixers, whole_row)
     everywhere = (generation.find(model), rotary.find(model), adapters.find(model))
     return _joined(model, [*(kind.find(model, way) for kind in kinds), *everywhere])
 

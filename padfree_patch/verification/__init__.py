@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -40,6 +40,7 @@ __all__ = [
     "sees_later_tokens",
     "verify",
     "verify_as_it_trains",
+    "verify_in_training",
     "why_it_cannot_run",
     "why_nothing_shows",
 ]
@@ -73,14 +74,22 @@ def verify_as_it_trains(model: nn.Module) -> Verification:
     return _verified(model, autocast_around(model))
 
 
+def verify_in_training(model: nn.Module, modules: Iterable[nn.Module]) -> Verification:
+    """Does what `verify` does with some modules in training mode, where they may call other kernels."""
+    return _verified(model, None, training=modules)
+
+
 def _verified(
-    model: nn.Module, autocast: AbstractContextManager[object] | None, batch: Mapping[str, object] | None = None
+    model: nn.Module,
+    autocast: AbstractContextManager[object] | None,
+    batch: Mapping[str, object] | None = None,
+    training: Iterable[nn.Module] = (),
 ) -> Verification:
     models = pretrained_modules(model)
     name = type(models[0] if models else model).__name__
     if reason := why_it_cannot_run(model):
         return Verification(model=name, skipped=reason)
-    with untouched(model), torch.inference_mode(False), torch.enable_grad():
+    with untouched(model, training), torch.inference_mode(False), torch.enable_grad():
         if batch is not None:
             error, tolerance, examples = error_on_batch(model, batch, Probe(unwrapped(model), autocast))
             result = Verification(model=name, alone_error=error, alone_tolerance=tolerance, examples=examples)

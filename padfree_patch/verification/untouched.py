@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import cast
 
@@ -61,10 +61,11 @@ def _is_shard(parameter: Tensor) -> bool:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module, training: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Switches dropout and autocast off, and puts back afterwards what a run may change.
 
-    That is the modules' modes, the random state, and modules that have buffers: rotary tables grow.
+    That is the modules' modes, the random state, and modules that have buffers: rotary tables grow. Those in `training`
+    are in training mode, but not the modules inside of them.
     """
     devices = {parameter.device for parameter in model.parameters()}
     cuda = sorted({device.index for device in devices if device.type == "cuda"})
@@ -79,6 +80,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         for module in model.modules():
             module.training = False
+        for module in training:
+            module.training = True
         yield
 
 

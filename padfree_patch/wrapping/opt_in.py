@@ -42,6 +42,8 @@ class OptIn:
         """Of an attention module: whether upstream's own function ran on each sequence in the last packed call."""
         self.takes_sinks: bool | None = None
         """Of an attention module: whether its function computes softmax attention with sinks; None until one looks."""
+        self.told_on = ""
+        """Of a mixer: the type of the device on which its kernels, told where sequences begin, keep examples apart."""
         self.not_recomputed: tuple[str, ...] = ()
         """Classes inside of layers that gradient checkpointing must not run again: their batch would be gone."""
         self.reads_first_label = False
@@ -114,13 +116,13 @@ class OptIn:
         twin = OptIn(self.model_type, self.backend, self.seams, self.layers)
         twin.check, twin.pending, twin.checked = self.check, self.pending, copy.deepcopy(self.checked, memo)
         twin.way, twin.not_recomputed, twin.unproven = self.way, self.not_recomputed, self.unproven
-        twin.reads_first_label, twin.logits = self.reads_first_label, self.logits
+        twin.reads_first_label, twin.logits, twin.told_on = self.reads_first_label, self.logits, self.told_on
         return twin
 
     def __reduce__(self) -> tuple[object, ...]:
         seams = tuple(seam.by_name() for seam in self.seams)
         saved_with = str(versions.transformers_version())
-        kept = ("check", "pending", "unproven", "way", "not_recomputed", "reads_first_label", "logits")
+        kept = ("check", "pending", "unproven", "way", "not_recomputed", "reads_first_label", "logits", "told_on")
         state = {name: getattr(self, name) for name in kept}
         return _unpickle, (self.model_type, self.backend, seams, self.layers, saved_with), state
 

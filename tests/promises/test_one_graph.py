@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from unittest import mock
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -268,6 +271,7 @@ def test_mixture_of_experts_with_a_router_loss_is_exact():
     torch.testing.assert_close(found.aux_loss, expected.aux_loss)
 
 
+@mock.patch.dict(os.environ)  # in which TrainingArguments says to accelerate that later Trainers compile too
 def test_trainers_torch_compile(tmp_path):
     losses = {}
     for name, collator in (("packed", flattening()), ("padded", padding)):
