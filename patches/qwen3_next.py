@@ -1,6 +1,7 @@
 """Qwen3-Next: gated attention on every fourth layer, a gated delta rule, which carries a state, on the others.
 
-The state would run from one example into the next, so such a layer runs on each sequence.
+The state would run from one example into the next, so such a layer runs on each sequence, or once with kernels that are
+told where sequences begin.
 
 Read against models/qwen3_next/modeling_qwen3_next.py of transformers 4.57.6 and 5.24.0.
 """
