@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import PadfreeError
+from .upstream import Arguments
 
 Adapters = tuple[tuple[str, object], ...]
 """Name and config of every active adapter."""
@@ -56,6 +57,60 @@ def are_same(some: Adapters, others: Adapters) -> bool:
 def needs_task_ids(model: nn.Module) -> bool:
     """Whether an active adapter asks for the number of a task for each row (Poly)."""
     return any(_method(config) == "POLY" for module in model.modules() for _, config in adapters_of(module))
+
+
+def is_told_rows(arguments: Arguments) -> bool:
+    """Whether a call of a PEFT model says something of each row of its batch: an adapter's name, or a task."""
+    return any(arguments.get(name) is not None for name in _OF_ROWS)
+
+
+def works_by_row(module: nn.Module) -> bool:
+    """Whether an active adapter looks at the rows of a batch, and not only at what the decoder makes of them."""
+    configs = active_configs(module).values()
+    return any(
+        _method(each) in ("SHADOW", "XLORA")
+        or (_what_it_does_to_rows(each) is not None and not getattr(each, "is_prompt_learning", False))
+        for each in configs
+    )
+
+
+def check_what_rows_are_told(module: nn.Module, arguments: Arguments, rows: int, examples: int) -> None:
+    """Raises PadfreeError unless a call of a PEFT model gives each row of a packed batch one adapter, or one task."""
+    who = type(module).__name__
+    names = arguments.get("adapter_names")
+    if names is not None and (problem := _problem_of_names(module, names)):
+        raise PadfreeError(f"{who} {problem}")
+    for argument, what in _OF_ROWS.items():
+        given = arguments.get(argument)
+        count = given.numel() if isinstance(given, Tensor) else len(given) if isinstance(given, Sized) else rows
+        if count != rows:
+            raise PadfreeError(
+                f"{who}: {argument} has {count} value(s), the packed batch {rows} row(s) of {examples} examples; "
+                f"PEFT has one {what} for all tokens of a row: put only examples that share one into a row, and give a "
+                "value for each row"
+            )
+
+
+_OF_ROWS = {"adapter_names": "adapter", "task_ids": "task"}
+"""Arguments of PEFT's models that have a value for each row of a batch, and what it is."""
+
+_TAKE_NAMES = ("LORA", "ROAD", "GLORA")
+"""PEFT methods that give each row the adapter that `adapter_names` has for it, in some version; others ignore it."""
+
+
+def _problem_of_names(module: nn.Module, names: object) -> str | None:
+    """Says why the adapters that a call names can't be those of packed rows; None if they can."""
+    configs: Mapping[str, object] = getattr(module, "peft_config", {})
+    kinds = ", ".join(sorted({type(each).__name__ for each in configs.values()}))
+    heeded = hasattr(type(getattr(module, "base_model", None)), "_enable_peft_forward_hooks")  # PEFT 0.11 on
+    if not heeded or any(_method(each) not in _TAKE_NAMES for each in configs.values()):
+        return f"{kinds and f'with {kinds} '}ignores adapter_names, in this version at least; call set_adapter instead"
+    if not isinstance(names, (list, tuple)):
+        return f"takes adapter_names as a list with a name for each row, not {names!r}"
+    if unknown := [name for name in names if name not in (*configs, "__base__")]:
+        return f"has no adapter {unknown[0]!r}, which adapter_names gives a row; it has {', '.join(configs)}"
+    reasons = (_what_it_does_to_rows(configs[name]) for name in names if name in configs)
+    return next((f"with {kinds} {reason}" for reason in reasons if reason), None)
 
 
 def takes_labels_past_the_head(module: nn.Module) -> bool:

@@ -34,8 +34,11 @@ Adapters that come after `apply` are checked at their first packed call, as `pad
 method that is not in this table, or one of your own, is exact or an error too. Only what a method does to gradients in
 train mode alone would go unseen there: VeLoRA is refused by its config.
 
-`adapter_names` and Poly's `task_ids` say something of each row: give one value per row, and put only examples that
-share it into a row.
+`adapter_names` and Poly's `task_ids` say something of each row. Give one value per row, and put only examples that
+share it into a row: anything else is an error, and so are names of adapters that a packed row can't have, and names
+that the method ignores (all but LoRA, RoAd and GLoRA do). In training, Poly draws which skills a row uses, once for all
+of its examples. `disable_adapter`, `set_adapter` and `merge_adapter` between two packed calls count: what is off is no
+obstacle, and what comes on is checked. Inside `pack_padded`, batches whose rows a method looks at stay padded.
 
 | method | apply before | apply after | logits | gradients | PEFT |
 |---|---|---|---|---|---|

@@ -50,7 +50,8 @@ def pack_padded(model: nn.Module) -> PackedInside:
 
     Packed are calls with a 0/1 `attention_mask` (B, T) that shows padding at the ends of rows, and no cache
     (`use_cache=True` asks for one); each costs one device sync. All others are left as they are: generation, batches
-    without padding, packed rows, and whatever comes after `restore`.
+    without padding, packed rows, those whose rows PEFT looks at (`adapter_names`, Poly, X-LoRA, activated LoRA), and
+    whatever comes after `restore`.
 
     Calling it twice is calling it once; the first call's `remove` ends it.
 
@@ -80,6 +81,8 @@ def _pack(
     decoder: nn.Module, args: tuple[object, ...], kwargs: Arguments
 ) -> tuple[tuple[object, ...], Arguments] | None:
     call = Call(original_of(type(decoder).forward), (decoder, *args), kwargs)
+    if under_way.keeps_rows:
+        return None
     given, mask, tokens = call.arguments, call.arguments.get("attention_mask"), tokens_of(call.arguments)
     if OptIn.of(decoder) is None or tokens is None or not isinstance(mask, Tensor) or mask.shape != tokens.shape[:2]:
         return None

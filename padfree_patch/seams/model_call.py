@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapters, adapters_of, why_own_not_packed
+from ..adapters import Adapters, adapters_of, check_what_rows_are_told, is_told_rows, why_own_not_packed
 from ..batch.lengths import LENGTH_ARGUMENTS
 from ..batch.packed_batch import PackedBatch, batch_of_copy, read_batch
 from ..errors import PadfreeError
@@ -118,6 +118,8 @@ def take_batch(call: Call) -> PackedBatch | None:
             settle(call.module)
         return None
     _check_result(call)
+    if is_told_rows(call.arguments):
+        check_what_rows_are_told(call.module, call.arguments, len(batch.position_ids), len(batch.sequences.lengths))
     check_can_share(call, batch)
     check_what_is_new(call.module)
     say_jump(call.module, batch)

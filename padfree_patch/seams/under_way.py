@@ -30,6 +30,7 @@ class _UnderWay(threading.local):
         self.masks: dict[Hashable, object] | None = None
         self.handed: Handed | None = None
         self.logits: tuple[str, int] | None = None
+        self.keeps_rows = False
 
 
 under_way = _UnderWay()
@@ -37,7 +38,8 @@ under_way = _UnderWay()
 the ids of the modules of models that generate; `answers` say who has answered in the innermost packed forward; `masks`
 are those that were made in it for single sequences, which all layers share as they share upstream's; `handed` is what a
 head on labelled tokens waits for from the decoder that it calls; `logits` says, while `verify` compares them, which
-logits heads compute, and in chunks of how many rows."""
+logits heads compute, and in chunks of how many rows; `keeps_rows` says that what is around a decoder looks at the rows
+of a padded batch, which then stay rows."""
 
 
 @contextmanager
@@ -59,6 +61,16 @@ def sharing_masks() -> Iterator[None]:
         yield
     finally:
         under_way.masks = outer
+
+
+@contextmanager
+def keeping_rows() -> Iterator[None]:
+    """Says that the rows of a padded batch must stay rows, while a model around the decoder runs that looks at them."""
+    outer, under_way.keeps_rows = under_way.keeps_rows, True
+    try:
+        yield
+    finally:
+        under_way.keeps_rows = outer
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ..seams.rotary import as_new
 from .dtypes import Dtypes
 from .entry import Entry
 from .first_leak import first_difference, first_leak
-from .untouched import states_put_back
+from .untouched import random_state_put_back, states_put_back
 
 LENGTHS = (9, 8)
 """Tokens of examples A and B."""
@@ -64,9 +64,18 @@ class Probe:
 
     def logits(self, tokens: Tensor, **options: object) -> Tensor:
         """Runs the model; gives its logits, or a decoder's hidden states."""
-        # With rotaries as new: if they kept the longest sequence so far, it would decide how the others are rotated.
-        with as_new(self.model), states_put_back(self.model), self.autocast:
+        with self._as_every_other():
             return self._entry.call(tokens, **options)
+
+    @contextmanager
+    def _as_every_other(self) -> Iterator[None]:
+        """Lets a call find what every other one finds: no state of the one before, and the same random numbers.
+
+        PEFT's Arrow draws some in its first call. Rotaries are as new: if they kept the longest sequence so far, it
+        would decide how the others are rotated.
+        """
+        with as_new(self.model), states_put_back(self.model), random_state_put_back(self.model), self.autocast:
+            yield
 
     def alone(self, tokens: Tensor) -> Tensor:
         """Runs one example as in a padded batch: with a mask, without which Falcon's ALiBi on sdpa sees later tokens.
@@ -186,7 +195,7 @@ class Probe:
         labels = tokens.clone()
         labels[:, :4] = labels[:, 12] = IGNORED_LABEL
         trained = [each for each in _head_parameters(self.model) if each.requires_grad]
-        with _frozen(self.model), as_new(self.model), states_put_back(self.model), self.autocast:
+        with _frozen(self.model), self._as_every_other():
             for parameter in trained:
                 parameter.requires_grad_(True)
             loss = self._entry.loss(tokens, labels, position_ids=self.positions)

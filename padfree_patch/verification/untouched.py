@@ -64,18 +64,18 @@ def _is_shard(parameter: Tensor) -> bool:
 def untouched(model: nn.Module, training: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Switches dropout and autocast off, and puts back afterwards what a run may change.
 
-    That is the modules' modes, the random state, and modules that have buffers: rotary tables grow. Those in `training`
-    are in training mode, but not the modules inside of them.
+    That is the modules' modes, which parameters are trained, the random state, and modules that have buffers: rotary
+    tables grow. Those in `training` are in training mode, but not the modules inside of them.
     """
     devices = {parameter.device for parameter in model.parameters()}
-    cuda = sorted({device.index for device in devices if device.type == "cuda"})
     with ExitStack() as stack:
         stack.enter_context(_modes_put_back(model))
+        stack.enter_context(_trained_put_back(model))
         stack.enter_context(_buffers_put_back(model))
         stack.enter_context(_unchecked(model))
         if hasattr(torch.compiler, "set_stance"):  # torch 2.6 on; before it, what is compiled inside is compiled again
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(random_state_put_back(model))
         for device_type in {device.type for device in devices}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         for module in model.modules():
@@ -83,6 +83,25 @@ def untouched(model: nn.Module, training: Iterable[nn.Module] = ()) -> Iterator[
         for module in training:
             module.training = True
         yield
+
+
+@contextmanager
+def random_state_put_back(model: nn.Module) -> Iterator[None]:
+    """Lets what a run draws at random be drawn again by the next one, on the CPU and on the model's devices."""
+    devices = {parameter.device for parameter in model.parameters()}
+    with torch.random.fork_rng(devices=sorted({each.index for each in devices if each.type == "cuda"})):
+        yield
+
+
+@contextmanager
+def _trained_put_back(model: nn.Module) -> Iterator[None]:
+    """Puts back which parameters are trained: a forward of X-LoRA's, until PEFT 0.18, switches others on."""
+    before = [(each, each.requires_grad) for each in model.parameters() if each.is_leaf]
+    try:
+        yield
+    finally:
+        for parameter, trained in before:
+            parameter.requires_grad_(trained)
 
 
 @contextmanager

@@ -35,7 +35,8 @@ REFUSED = {
 }
 ACTIVATED = "LORA, activated (aLoRA)"
 ROWS = list(rows_on(PAGE.read_text()))
-PER_ROW_OR_TOKEN = ["POLY", "XLORA", "ADAPTION_PROMPT", "TRAINABLE_TOKENS", "SHADOW", "LORA, on embeddings"]
+PER_ROW_OR_TOKEN = ["POLY", "XLORA", "ADAPTION_PROMPT", "TRAINABLE_TOKENS", "SHADOW"]
+PER_ROW_OR_TOKEN += ["LORA, Arrow", "LORA, on embeddings"]
 
 
 @pytest.fixture(autouse=True)

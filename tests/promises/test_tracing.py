@@ -74,7 +74,11 @@ def jit_traced(model, call):
 def fx_traced(model, call):
     from transformers.utils.fx import symbolic_trace
 
-    return symbolic_trace(model, list(call))(**call)["logits"]
+    before = {name: each for name, each in vars(torch).items() if callable(each)}
+    try:
+        return symbolic_trace(model, list(call))(**call)["logits"]
+    finally:  # a trace that fails leaves upstream's own in the place of torch.arange and others, for all later tests
+        vars(torch).update(before)
 
 
 def logits(model, weights, call):
@@ -154,8 +158,6 @@ def test_rows_are_transformed_one_by_one_as_unpatched():
 )
 def test_packed_rows_are_refused_by_name(trace, how):
     """The control: the values are read."""
-    if trace is directional and isinstance(unpatched := result_or_error(trace, small(), ROW), str):
-        pytest.skip(f"torch can't transform it here: {unpatched[:80]}")
     with pytest.raises(PadfreeError, match=f"LlamaForCausalLM: a packed batch inside .*{how}"):
         result_or_error(trace, apply(small()), ROW)
 
