@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from .errors import PadfreeError
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -14,6 +16,12 @@ def is_transformers_model(module: nn.Module) -> bool:
     from transformers import PreTrainedModel
 
     return isinstance(module, PreTrainedModel)
+
+
+def check_is_module(model: object) -> None:
+    """Raises PadfreeError if a caller gives something else than a module."""
+    if not isinstance(model, nn.Module):
+        raise PadfreeError(f"expected a transformers model, found {type(model).__name__}")
 
 
 def pretrained_modules(model: nn.Module) -> list[PreTrainedModel]:

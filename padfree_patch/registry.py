@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .batch.packed_batch import PackedBatch
 from .errors import PadfreeError
-from .models import pretrained_modules
+from .models import check_is_module, pretrained_modules
 from .wrapping.call import Call
 
 if TYPE_CHECKING:
@@ -146,8 +146,7 @@ def patch_for(model: nn.Module) -> Patch | None:
 
     Raises PadfreeError if there is no transformers model in it.
     """
-    if not isinstance(model, nn.Module):
-        raise PadfreeError(f"expected a transformers model, found {type(model).__name__}")
+    check_is_module(model)
     return registry().get(model_type_of(model))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import whole_number
 from ..errors import PadfreeError
 from .boundaries import lengths_of_mask, lengths_of_positions
 from .cumulative import MOST_TOKENS, as_integers, checked_lengths, cumulated, without_repeats
@@ -47,12 +48,12 @@ class PackedSequences:
         prefixes: Iterable[int] | None = None,
     ):
         """Makes them from all that there is to know. Raises PadfreeError if the arguments contradict each other."""
+        max_seqlen, total = whole_number(max_seqlen, "max_seqlen"), whole_number(total, "total")
+        padding = whole_number(padding, "padding")
         made = PackedSequences.from_cu_seqlens(cu_seqlens, max_seqlen=max_seqlen, total=total)
         if lengths is not None or padding or prefixes is not None:
             lengths, device = made.lengths if lengths is None else lengths, made._cu_seqlens.device
-            given = PackedSequences.from_lengths(
-                lengths, device=device, total=total, padding=padding, prefixes=prefixes
-            )
+            given = self.from_lengths(lengths, device=device, total=total, padding=padding, prefixes=prefixes)
             check_on_device(made.agrees_with(given), f"PackedSequences: cu_seqlens do not hold the lengths {lengths}")
             made = given
         for name in PackedSequences.__slots__:

@@ -13,6 +13,7 @@ from torch import nn
 from .. import attention, verification, versions
 from ..adapters import check_adapters
 from ..errors import PadfreeError
+from ..models import check_is_module
 from ..registry import Patch, patch_for
 from ..seams.decoder import IMPLEMENTATIONS
 from ..seams.labelled import check_logits
@@ -80,6 +81,7 @@ def _apply(model: nn.Module, backend: str, logits: str, *, verify: bool) -> Chec
 
 def restore(model: Model) -> Model:
     """Takes `apply` back; a model that is not patched is left as it is. Returns the same object."""
+    check_is_module(model)
     for module in model.modules():
         OptIn.detach(module)
     remove_unused()
@@ -89,6 +91,7 @@ def restore(model: Model) -> Model:
 @contextmanager
 def applied(model: Model, *, backend: str = "auto", verify: bool = True, logits: str = "all") -> Iterator[Model]:
     """Applies, and restores at the end, also after an error. A model that was patched before stays as it was then."""
+    check_is_module(model)
     before = State(model)
     _apply(model, backend, logits, verify=verify)
     try:

@@ -90,7 +90,10 @@ def _end(answers: Answers) -> None:
 
 @torch.compiler.disable
 def _raise_if_replaced(answers: Answers, error: Exception) -> None:
-    if _silent(answers, _layers(answers.model)) and (found := replaced(answers.model)):
+    layers, opt_in = _layers(answers.model), OptIn.of(answers.model)
+    gone = opt_in is not None and not opt_in.way and len(layers) < opt_in.layers  # in whose place others may stand
+    found = replaced(answers.model) if gone or _silent(answers, layers) else []
+    if gone or found:
         raise PadfreeError(_message(answers.model, f"fails with {error!r}", found)) from error
 
 

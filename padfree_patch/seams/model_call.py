@@ -202,8 +202,8 @@ def _take_lengths(arguments: Arguments) -> Arguments:
 
 
 def _read(call: Call, lengths: Arguments) -> PackedBatch | None:
-    tokens = tokens_of(call.arguments)
-    if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+    tokens, positions = tokens_of(call.arguments), call.arguments.get("position_ids")
+    if not isinstance(tokens, Tensor) or tokens.dim() < 2 or isinstance(positions, list | tuple):
         return None  # upstream says what is wrong
     name, cached = type(call.module).__name__, _cached_tokens(_cache_of(call.arguments))
     with reading():
@@ -211,7 +211,7 @@ def _read(call: Call, lengths: Arguments) -> PackedBatch | None:
             if lengths:
                 raise _empty_input(call, tokens)
             return None
-        given = readable(tokens, call.arguments.get("position_ids"), call.arguments.get("attention_mask"))
+        given = readable(tokens, positions, call.arguments.get("attention_mask"))
         batch = read_batch(
             given.shape,
             tokens.device,

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from ..models import pretrained_modules
+from ..models import check_is_module, pretrained_modules
 from ..registry import registry
 from ..seams.labelled import logits_of
 from .dtypes import autocast_around
@@ -64,7 +64,7 @@ def verify(model: nn.Module, batch: Mapping[str, object] | None = None) -> Verif
     Returns the figures; nothing is raised for a leak. Weights on the meta device or sharded over processes can't be
     run, and where no output depends on the tokens, as with weights of zero, nothing shows: then `skipped` says so.
 
-    Raises PadfreeError if `batch` is not packed.
+    Raises PadfreeError if `model` is no module, or `batch` not packed.
     """
     return _verified(model, None, batch)
 
@@ -85,6 +85,7 @@ def _verified(
     batch: Mapping[str, object] | None = None,
     training: Iterable[nn.Module] = (),
 ) -> Verification:
+    check_is_module(model)
     models = pretrained_modules(model)
     name = type(models[0] if models else model).__name__
     if reason := why_it_cannot_run(model):

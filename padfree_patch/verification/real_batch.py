@@ -26,13 +26,14 @@ def error_on_batch(model: nn.Module, batch: Mapping[str, object], probe: Probe) 
 
     Raises PadfreeError if the batch is not packed.
     """
-    tokens = batch.get("input_ids")
+    tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(tokens, Tensor) or tokens.dim() != 2:
-        raise PadfreeError(f"a batch to verify must have input_ids (B, T), found {sorted(batch)}")
+        given = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise PadfreeError(f"a batch to verify must have input_ids (B, T), found {given}")
     sequences = _sequences_of(tokens, batch)
-    given = _boundaries(model, batch)
+    boundaries = _boundaries(model, batch)
     with probe.without_gradients():
-        packed = probe.logits(tokens, **given).detach().flatten(0, 1)
+        packed = probe.logits(tokens, **boundaries).detach().flatten(0, 1)
     error = size = 0.0
     computed = Dtypes()
     plain = tokens.plain() if isinstance(tokens, SharedRow) else tokens

@@ -48,9 +48,10 @@ def takes_unnamed(function: Function) -> bool:
     return _positional(function)[1]
 
 
-def named_twice(function: Function, args: tuple[object, ...], kwargs: Arguments) -> bool:
-    """Whether a call gives an argument by position and by name, for which Python or a decorator has an answer."""
-    return any(name in kwargs for name in _positional(function)[0][: len(args)])
+def cannot_be_bound(function: Function, args: tuple[object, ...], kwargs: Arguments) -> bool:
+    """Whether a call gives an argument twice, or too many by position: Python or a decorator has an answer for that."""
+    names, takes_more = _positional(function)
+    return any(name in kwargs for name in names[: len(args)]) or (len(args) > len(names) and not takes_more)
 
 
 def _positional(function: Function) -> tuple[tuple[str, ...], bool]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ..upstream import Arguments, Function
-from .call import Call, named_twice
+from .call import Call, cannot_be_bound
 from .frames import frames_are_compiled, is_tracing, outside_graphs, runs_uncompiled
 from .later_imports import when_imported
 
@@ -181,7 +181,7 @@ def wrapped(
             answered = traced(original, args, kwargs)
             if answered is not NotImplemented:
                 return answered
-        if named_twice(original, args, kwargs):
+        if cannot_be_bound(original, args, kwargs):
             return original(*args, **kwargs)
         return answer(Call(original, args, kwargs))
 
@@ -194,7 +194,7 @@ def wrapped(
 
 def _call_of(original: Function, concerns: Concerns, args: tuple[object, ...], kwargs: Arguments) -> Call | None:
     """Returns a call that concerns us, or None."""
-    if not concerns(args, kwargs) or named_twice(original, args, kwargs):
+    if not concerns(args, kwargs) or cannot_be_bound(original, args, kwargs):
         return None
     return Call(original, args, kwargs)
 

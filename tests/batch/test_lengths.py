@@ -36,6 +36,9 @@ def read(positions=None, **lengths):
         ((torch.tensor([0, -3, 9]), 9, 9), "sequence 0 has length -3"),
         ((torch.tensor([[0, 3], [0, 9]]), 9, 9), r"must be integers \(sequences \+ 1,\), found torch.int64 \(2, 2\)"),
         ((None, 9, 9), "must be integers, found None"),
+        ((CU, "4", 9), "max_seqlen must be a whole number, found '4'"),
+        ((CU, 4, torch.tensor([9, 9])), "total must be a whole number"),
+        ((CU, 4, 9, None, [2]), "padding must be a whole number"),
     ],
 )
 def test_sequences_that_contradict_themselves_cannot_be_made(arguments, message):

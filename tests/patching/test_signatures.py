@@ -79,13 +79,15 @@ def test_wrong_calls_raise_upstreams_error_once(llama):
     """A call that can't be bound is upstream's to refuse; a decorator of theirs may well take it."""
     ids = torch.arange(3, 9).unsqueeze(0)
     errors = []
-    for model in (llama, padfree_patch.apply(llama)):
+    for apply in (lambda model: model, padfree_patch.apply):
+        model = apply(llama)
         for args, kwargs in [
             ((ids,) * 40, {}),
             ((ids,), {"input_ids": ids, "attention_mask": ids}),
             ((ids[0], ids), {}),
+            ((ids,), {"position_ids": [[0, 1, 2, 0, 1, 2]]}),
         ]:
             with pytest.raises(Exception) as error:
                 model.forward(*args, **kwargs)
             errors.append(repr(error.value))
-    assert errors[:3] == errors[3:]
+    assert errors[:4] == errors[4:]

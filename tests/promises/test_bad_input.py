@@ -98,6 +98,14 @@ def test_what_is_no_transformers_model_is_named():
     ]:
         with pytest.raises(PadfreeError, match=message):
             padfree_patch.apply(model)
+    for call in (padfree_patch.verify, padfree_patch.restore, lambda model: padfree_patch.applied(model).__enter__()):
+        with pytest.raises(PadfreeError, match="expected a transformers model, found str"):
+            call("llama")
+
+
+def test_what_is_no_batch_is_named(llama):
+    with pytest.raises(PadfreeError, match=r"a batch to verify must have input_ids \(B, T\), found list"):
+        padfree_patch.verify(llama, [1, 2])
 
 
 def test_unknown_backend_is_refused_with_all_candidates(llama):

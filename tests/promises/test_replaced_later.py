@@ -166,6 +166,16 @@ def test_attention_replaced_by_another_module_is_an_error(llama, batch):
         llama(**batch)
 
 
+def test_layers_replaced_by_those_of_another_model_are_an_error(make, batch):
+    """That before 4.48 their attention fails with the stand-in for a mask would say nothing of why."""
+    model, other = padfree_patch.apply(make()), make()
+    decoder, of_other = (each.base_model for each in (model, other))
+    layers = next(name for name, each in decoder.named_children() if isinstance(each, torch.nn.ModuleList))
+    getattr(decoder, layers)[1] = getattr(of_other, layers)[1]
+    with pytest.raises(PadfreeError, match=r"packed call (ran|fails with).*; something on the way to them"):
+        model(**batch)
+
+
 def test_layer_that_goes_past_its_attention_is_an_error(llama, batch):
     padfree_patch.apply(llama)
     layer = llama.model.layers[1]
