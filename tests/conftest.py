@@ -16,7 +16,7 @@ from padfree_patch.registry import Patch, registry
 from padfree_patch.testing import conformance, examples, pack, tiny_model
 from padfree_patch.wrapping import opt_in, seam
 
-collect_ignore_glob = ["helpers/stand_ins/*"]
+collect_ignore_glob = ["helpers/stand_ins/*", "helpers/kernel_stand_ins/*"]
 if "PADFREE_FLASH_ATTENTION" not in os.environ:
     collect_ignore_glob.append("own_process/*")  # they want a process of their own; the nox sessions say when
 

@@ -48,6 +48,9 @@ def row_or_skip(model_type, apply_to=apply):
 @pytest.mark.parametrize("model_type", SLICE)
 def test_packed_row_is_exact(model_type):
     row = row_or_skip(model_type)
+    if model_type == "recurrent_gemma" and versions.transformers("<4.44"):
+        assert row["verdict"] == "refused", row  # docs/support.md has the report
+        return
     assert row["verdict"] == "exact", row
     if versions.transformers(">=5"):
         assert row["kind"] == SLICE[model_type], row
