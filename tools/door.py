@@ -24,7 +24,7 @@ from pins import DOOR, NOT_BESIDE_THIS_TORCH
 FOLDER = Path(".nox", "door").resolve()
 FOUND = Path("docs", "tools.json")
 UV = str(Path(sys.executable).with_name("uv"))
-TOOLS = ("trl", "llamafactory", "ms-swift", "transformers")
+TOOLS = ("trl", "llamafactory", "ms-swift", "axolotl", "transformers")
 VERIFIED = re.compile(r"^padfree-patch: .* verified on ", re.MULTILINE)
 
 Finding = dict[str, Any]
@@ -59,6 +59,7 @@ def environment_of(run: Run, probe: Path) -> dict[str, str]:
         "DOOR_FLASH_ATTENTION": str(HERE.parent / "tests") if run.flash_attention else "",
     }
     quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    quiet["DO_NOT_TRACK"] = "1"
     kept = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONHOME")}
     return {**kept, **quiet, **ours}
 
@@ -70,8 +71,8 @@ def execute(run: Run, *, door: bool) -> Finding:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     probe, texts = out / "probe.jsonl", str(FOLDER / f"{run.environment}-texts")
-    words = [word.replace("FOLDER", texts).replace("OUT", str(out / "model")) for word in run.command]
-    command = ["padfree-patch", "run", "--", *words] if door else words
+    words = run.command_with_door if door else run.command
+    command = [word.replace("FOLDER", texts).replace("OUT", str(out / "model")) for word in words]
     environment = environment_of(run, probe)
     command[0] = str(shutil.which(command[0], path=environment["PATH"]))
     done = subprocess.run(
@@ -93,6 +94,7 @@ def summary(trainings: list[Finding]) -> Finding:
         "packed": bool(packed),
         "change": max(call["change"] for call in calls),
         "alone": max(call["alone"] for call in calls),
+        "labels": max((call["labels"] for call in calls if call["labels"] is not None), default=None),
         "given": sorted({name for call in calls for name in call["given"]}),
         "losses": min(trainings, key=lambda each: each["rank"])["losses"],
     }
@@ -108,7 +110,7 @@ def printed(text: str) -> Finding:
 def versions_of(environment: str) -> dict[str, str]:
     code = f"""
 import importlib.metadata, json
-names = {{each.metadata["Name"].lower(): each.version for each in importlib.metadata.distributions()}}
+names = {{each.metadata["Name"].lower().replace("_", "-"): each.version for each in importlib.metadata.distributions()}}
 print(json.dumps({{name: names[name] for name in {TOOLS!r} if name in names}}))
 """
     python = str(FOLDER / environment / "bin" / "python")
@@ -121,12 +123,13 @@ def main(*words: str) -> None:
         prepare(environment)
     found = json.loads(FOUND.read_text()) if FOUND.exists() else {}
     for run in chosen:
-        found[f"{run.name} ({run.environment})"] = finding = {
+        found[run.key] = finding = {
             "versions": versions_of(run.environment),
             "without": execute(run, door=False),
             "with": execute(run, door=True),
         }
         print(run.name, json.dumps(finding, indent=1), flush=True)
+        found = {each.key: found[each.key] for each in RUNS if each.key in found}  # no run of yesterday's stays
         FOUND.write_text(json.dumps(found, indent=1) + "\n")
     write_page(found)
 

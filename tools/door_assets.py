@@ -64,6 +64,20 @@ def write_texts(folder: Path) -> None:
     (folder / "chats.jsonl").write_text("".join(json.dumps(each) + "\n" for each in chats))
 
 
+def write_configs(folder: Path) -> None:
+    """Writes the config of axolotl, without our plug-in and with it."""
+    config = {
+        **{"base_model": str(folder / "model"), "sequence_len": 128, "sample_packing": True},
+        "datasets": [{"path": str(folder / "trl" / "train.jsonl"), "type": "completion", "field": "text"}],
+        **{"micro_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 3, "logging_steps": 1},
+        **{"learning_rate": 1e-3, "optimizer": "adamw_torch", "attn_implementation": "sdpa", "bf16": False},
+        **{"save_strategy": "no", "seed": 42, "dataset_prepared_path": str(folder / "axolotl-prepared")},  # one order
+    }
+    plugged_in = {**config, "plugins": ["padfree_patch.integrations.axolotl.PadfreePlugin"]}
+    (folder / "axolotl.yml").write_text(json.dumps(config))  # which is YAML, too
+    (folder / "axolotl-plugged-in.yml").write_text(json.dumps(plugged_in))
+
+
 def words(generator: random.Random, most: int) -> str:
     return " ".join(generator.choice(WORDS) for _ in range(generator.randint(2, most)))
 
@@ -73,6 +87,7 @@ def main(folder: Path, architecture: str = "llama") -> None:
     tokenizer = make_tokenizer(folder / "model")
     make_model(folder / "model", architecture, tokenizer)
     write_texts(folder)
+    write_configs(folder)
     print(tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 

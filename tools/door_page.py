@@ -27,11 +27,18 @@ def measured(side: Finding) -> str:
     if not side["packed"]:
         return "no row holds two examples"
     figures = f"{short(side['change'])} / {short(side['alone'])}"
-    return f"**{figures}: they mix**" if side["change"] > MIXES else figures
+    if side["change"] > MIXES:
+        return f"**{figures}: they mix**"
+    return f"{figures}, **loss {short(side['labels'])}**" if crosses(side) else figures
+
+
+def crosses(side: Finding) -> bool:
+    """Whether first tokens are trained from the example before theirs."""
+    return (side.get("labels") or 0) > MIXES
 
 
 def short(value: float) -> str:
-    return "0" if value == 0 else f"{value:.0e}" if value < 0.01 else f"{value:.1f}"
+    return f"{value:.1g}" if value < 1 else f"{value:.1f}"
 
 
 def losses_apart(finding: Finding) -> str:
@@ -51,6 +58,8 @@ def added(finding: Finding) -> str:
         return "nothing: the tool's own check comes first"
     if before.get("change", 0) > MIXES >= after["change"]:
         return "**isolates**"
+    if crosses(before) and not crosses(after):
+        return "**ignores labels across boundaries**"
     return "the proof" if after["verified"] else "nothing"
 
 

@@ -19,13 +19,23 @@ class Run:
     how: str
     """What is switched on, in the tool's words."""
     command: tuple[str, ...]
-    processes: int = 1
+    plugged_in: tuple[str, ...] = ()
+    """The command with our plug-in for the tool, where that is tried instead of `padfree-patch run` before it."""
     flash_attention: bool = False
     """Whether the tool takes nothing but flash-attn, in whose place tests/helpers/stand_ins stands."""
 
     @property
     def name(self) -> str:
         return f"{self.tool}: {self.how}"
+
+    @property
+    def key(self) -> str:
+        """Returns the name of what was measured, in docs/tools.json."""
+        return f"{self.name} ({self.environment})"
+
+    @property
+    def command_with_door(self) -> tuple[str, ...]:
+        return self.plugged_in or ("padfree-patch", "run", "--", *self.command)
 
 
 def trl(how: str, *options: str) -> Run:
@@ -54,7 +64,7 @@ def llamafactory(how: str, *options: str) -> Run:
     )
 
 
-def swift(how: str, *options: str, implementation: str = "sdpa") -> Run:
+def swift(how: str, *options: str, implementation: str = "sdpa", plug_in: tuple[str, ...] = ()) -> Run:
     steps = SHORT if options else LONG
     common = (
         *("--model", "FOLDER/model", "--model_type", "llama", "--template", "dummy", "--dataset", "FOLDER/chats.jsonl"),
@@ -62,10 +72,19 @@ def swift(how: str, *options: str, implementation: str = "sdpa") -> Run:
         *("--output_dir", "OUT", "--torch_dtype", "float32", "--use_hf", "true", "--report_to", "none"),
         *("--save_strategy", "no", "--attn_impl", implementation, "--max_length", "96", "--split_dataset_ratio", "0"),
     )
-    flash_attention = implementation != "sdpa"
-    return Run("ms-swift", "swift", how, ("swift", "sft", *common, *options), flash_attention=flash_attention)
+    command = ("swift", "sft", *common, *options)
+    plugged_in = (*command, *plug_in) if plug_in else ()
+    return Run("ms-swift", "swift", how, command, plugged_in, flash_attention=implementation != "sdpa")
 
 
+def axolotl(how: str, plug_in: str = "") -> Run:
+    """A run of axolotl, whose plug-ins stand in its config file only; it starts a child through accelerate."""
+    command = ("axolotl", "train", "FOLDER/axolotl.yml", "--output-dir", "OUT")
+    plugged_in = tuple(plug_in if word == "FOLDER/axolotl.yml" else word for word in command) if plug_in else ()
+    return Run("axolotl", "axolotl", how, command, plugged_in)
+
+
+SWIFT_PLUG_IN = HERE.parent / "padfree_patch" / "integrations" / "ms_swift" / "padfree_plugin.py"
 SCRIPT = (str(HERE / "door_train.py"), "FOLDER", "OUT")
 
 RUNS = (
@@ -83,12 +102,20 @@ RUNS = (
     swift("padded"),
     swift("--padding_free true", "--padding_free", "true", implementation="flash_attention_2"),
     swift("--packing true", "--packing", "true", implementation="flash_attention_2"),
+    swift(
+        "--packing true, our plug-in",
+        *("--packing", "true"),
+        implementation="flash_attention_2",
+        plug_in=("--external_plugins", str(SWIFT_PLUG_IN)),
+    ),
+    axolotl("sample_packing: true"),
+    axolotl("sample_packing: true, our plug-in", "FOLDER/axolotl-plugged-in.yml"),
     Run(
         "accelerate launch",
         "trl",
         "a Trainer script",
         ("accelerate", "launch", "--cpu", "--num_processes", "1", *SCRIPT),
     ),
-    Run("torchrun", "trl", "a Trainer script, two ranks", ("torchrun", "--nproc_per_node", "2", *SCRIPT), processes=2),
+    Run("torchrun", "trl", "a Trainer script, two ranks", ("torchrun", "--nproc_per_node", "2", *SCRIPT)),
     Run("python", "old", "a Trainer script with our DataCollatorWithFlattening", ("python", *SCRIPT)),
 )

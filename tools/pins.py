@@ -51,9 +51,10 @@ DOOR = {
     "trl": [*pins("5.24.0"), TRL["5.24.0"]],
     "llamafactory": [TORCH, "llamafactory==0.9.5"],
     "swift": [TORCH, "ms-swift==4.6.0"],
+    "axolotl": [TORCH, "axolotl==0.19.0"],  # newer ones ask for Python 3.12
     "old": pins("4.41.2"),
 }
-"""What the runs of tools/door.py are made with; the second and third bring the transformers that they ask for."""
+"""What the runs of tools/door.py are made with; those in the middle bring the transformers that they ask for."""
 
 NOT_BESIDE_THIS_TORCH = ("torchvision", "torchaudio")
 """What they bring too, in builds for another torch: transformers imports the first if it is there, and fails."""

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -47,10 +48,18 @@ def _execute(command: Sequence[str], environment: dict[str, str]) -> NoReturn:
     check_python_options([*_interpreter_of(found), *command])
     sys.stdout.flush()
     sys.stderr.flush()
+    _hear_signals()
     try:
         os.execve(found, list(command), environment)
     except OSError as error:
         _stop(NOT_EXECUTABLE, f"{command[0]}: {error.strerror}")
+
+
+def _hear_signals() -> None:
+    """Undoes what Python does as it starts: a command would inherit it, and `... | head` would not end it."""
+    for name in ("SIGPIPE", "SIGXFZ", "SIGXFSZ"):  # those that subprocess restores, too
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
 def _stop(status: int, why: str) -> NoReturn:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..errors import LeakError, PadfreeError
+from ..errors import PadfreeError
 from ..models import pretrained_modules
-from ..patching import is_applied, way_of
-from .arriving import leave_alone, patched
+from ..patching import is_applied
+from .arriving import leave_alone_if_refused, patched
 from .verifying import verify_once
 from .watch import is_watched
 
@@ -31,6 +31,4 @@ def training_begins(model: object, handle: Autopatch) -> None:
     try:
         verify_once(model)
     except PadfreeError as error:
-        if isinstance(error, LeakError) or not way_of(model):
-            raise
-        leave_alone(model, handle.options, error)
+        leave_alone_if_refused(model, handle.options, error)

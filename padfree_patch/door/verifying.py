@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 from torch import nn
 
@@ -42,15 +43,6 @@ def verify_once(model: nn.Module) -> None:
     _said[outermost] = done
 
 
-def patch_to_train(model: nn.Module, backend: str = "auto") -> None:
-    """Patches a model, to be verified when its training begins; leaves one as it is that is patched already.
-
-    Raises PadfreeError, with the model as it was, if it can't be patched.
-    """
-    if not is_applied(model):
-        apply_deferred(model, backend=backend, check=check_packed_call)
-
-
 def check_packed_call(module: nn.Module) -> None:
     """Verifies a model in a packed call; `OptIn.check` of every model that came through the door.
 
@@ -60,6 +52,19 @@ def check_packed_call(module: nn.Module) -> None:
         verify_later(module)
     else:
         verify_once(module)
+
+
+def patch_to_train(
+    model: nn.Module, backend: str = "auto", check: Callable[[nn.Module], None] = check_packed_call
+) -> None:
+    """Patches a model, to be verified when its training begins; leaves one as it is that is patched already.
+
+    `check` is what its first packed training call is checked with.
+
+    Raises PadfreeError, with the model as it was, if it can't be patched.
+    """
+    if not is_applied(model):
+        apply_deferred(model, backend=backend, check=check)
 
 
 def _measured(model: nn.Module) -> tuple[str, str | None]:

@@ -122,6 +122,8 @@ def take_batch(call: Call) -> PackedBatch | None:
         check_what_rows_are_told(call.module, call.arguments, len(batch.position_ids), len(batch.sequences.lengths))
     check_can_share(call, batch)
     check_what_is_new(call.module)
+    if OptIn.of(call.module) is None:  # the check has left it alone
+        return None
     say_jump(call.module, batch)
     call.arguments["position_ids"] = batch.position_ids
     for name in CACHE_ARGUMENTS:

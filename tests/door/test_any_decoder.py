@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 import padfree_patch
 from helpers.door import lines, made
 from helpers.training import flattening, padding, trainer_of
-from padfree_patch import PadfreeError, autopatch, patching
+from padfree_patch import LeakError, PadfreeError, autopatch, patching
 from padfree_patch.patching import deferred
 from padfree_patch.registry import registry
 from padfree_patch.testing import examples, pack
@@ -90,6 +90,10 @@ def no_way(model, before, backend, *, verify):
     raise PadfreeError("no patch is registered for it, and no way that was found keeps its examples apart")
 
 
+def leaks(model, before, backend, *, verify):
+    raise LeakError("its examples mix")
+
+
 def test_what_no_way_serves_is_left_alone_and_its_packed_rows_are_an_error(door, capfd, monkeypatch, tmp_path):
     monkeypatch.setattr(patching, "apply_found", no_way)
     model = neox()
@@ -99,6 +103,22 @@ def test_what_no_way_serves_is_left_alone_and_its_packed_rows_are_an_error(door,
     trainer_of(model, tmp_path, padding, max_steps=1).train()
     (line,) = lines(capfd)
     assert "(gpt_neox) is left unpatched: no patch is registered for it, and no way" in line
+
+
+def test_without_a_trainer_packed_rows_of_what_no_way_serves_may_be_allowed(capfd, monkeypatch):
+    """Then they are what the unpatched model makes of them; the control is the next test."""
+    row, alone = pack(examples((5, 4))), neox().train()
+    with autopatch(strict=False):
+        model, twin = neox().train(), neox().train()
+    monkeypatch.setattr(patching, "apply_found", no_way)
+    with pytest.warns(UserWarning, match="GPTNeoXForCausalLM was left unpatched, and is now trained on a packed row"):
+        logits = model(**row).logits
+    assert torch.equal(logits, alone(**row).logits) and not patching.is_applied(model)
+    (line,) = lines(capfd)
+    assert "(gpt_neox) is left unpatched: no patch is registered for it, and no way" in line
+    monkeypatch.setattr(patching, "apply_found", leaks)
+    with pytest.raises(LeakError):
+        twin(**row)
 
 
 def test_without_a_trainer_what_no_way_serves_stops_at_its_first_packed_row(door, monkeypatch):

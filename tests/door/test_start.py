@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -105,6 +106,15 @@ def test_the_command_gets_its_options_and_gives_its_exit_status(tmp_path):
     output, _ = child.communicate()
     assert child.returncode == 7
     assert output == f"['--backend', 'x', '--help'] {child.pid}\n"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="Windows has none")
+def test_the_command_is_ended_by_a_closed_pipe_as_without_the_door():
+    """Python ignores SIGPIPE; the control is what it would hand on."""
+    look = ["sh", "-c", "kill -s PIPE $$; echo still here"]
+    assert subprocess.run(look, capture_output=True, restore_signals=False).stdout == b"still here\n"
+    done = subprocess.run([PYTHON, "-m", "padfree_patch", "run", "--", *look], capture_output=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGPIPE, b"")
 
 
 def test_variables_are_printed_for_other_hosts(monkeypatch, capfd):
@@ -217,6 +227,22 @@ def test_a_python_without_the_package_is_an_error_and_no_silent_run(folder):
     allowed = python("-c", LOOK, folder=folder, **{VARIABLE: str(Options(strict=False))})
     assert allowed.stdout == NOT_HOOKED and "nothing can be patched" in allowed.stderr
     assert python("-c", "print(1)", folder=folder).stdout == "1\n"  # one that needs no transformers
+
+
+def test_a_python_without_the_package_stays_an_error_for_whoever_ignored_the_first(folder):
+    """As libraries do that look for transformers with find_spec, or in a try."""
+    (folder / "padfree_patch.py").write_text("raise ModuleNotFoundError('No module named padfree_patch')\n")
+    look = "import importlib.util\ntry:\n    importlib.util.find_spec('transformers')\nexcept ImportError:\n    pass\n"
+    result = python("-c", look + LOOK, folder=folder)
+    assert result.returncode == 1 and result.stdout == ""
+    assert "ImportError: padfree-patch: nothing can be patched in" in result.stderr
+    assert python("-c", look + LOOK, folder=folder, door=False).stdout == NOT_HOOKED
+
+
+def test_transformers_that_the_environment_imports_before_is_entered(folder):
+    """As a .pth file may, which Python reads before sitecustomize; here, by calling our sitecustomize late."""
+    early = f"import runpy, transformers.modeling_utils; runpy.run_path({str(STARTUP / 'sitecustomize.py')!r})\n"
+    assert python("-c", early + LOOK, folder=folder, door=False, **{VARIABLE: str(Options())}).stdout == HOOKED
 
 
 def test_a_python_that_never_imports_transformers_starts_as_quickly(folder):

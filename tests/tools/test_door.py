@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import padfree_patch
+from door_assets import write_configs
 from door_page import BEGIN, END, HEAD, row_of
 from door_probe.sitecustomize import Probe
+from door_runs import RUNS
 
 DOCS = Path(__file__).parents[2] / "docs"
 END_TOKEN, PADDING = 90, 89  # of the tiny model's vocabulary of 96
@@ -61,6 +63,36 @@ def test_probe_tells_padded_rows_from_packed_ones(llama):
     assert not probe.found  # in no training step: a check of the door
 
 
+def test_probe_measures_what_labels_across_boundaries_do_to_the_loss(llama):
+    """The control is the same row without the patch; labels that are ignored already do nothing."""
+    batch, ids = row(5, 4, 6), row(5, 4, 6)["input_ids"]
+    assert probed(llama, {**batch, "labels": ids})["labels"] > 1e-3
+    masked = ids.clone()
+    masked[0, [5, 9]] = -100
+    shifted = torch.cat([masked[:, 1:], torch.tensor([[-100]])], dim=1)
+    for labels in ({"labels": masked}, {"labels": masked, "shift_labels": shifted}):
+        assert probed(llama, {**batch, **labels})["labels"] == 0
+    padfree_patch.apply(llama)
+    assert probed(llama, {**batch, "labels": ids})["labels"] == 0
+    assert probed(llama, {name: batch[name] for name in ("input_ids", "position_ids")})["labels"] is None
+
+
+def test_a_tools_own_slot_is_what_a_plug_in_is_run_in(tmp_path):
+    write_configs(tmp_path)
+    plain, plugged_in = (json.loads((tmp_path / f"axolotl{each}.yml").read_text()) for each in ("", "-plugged-in"))
+    assert plugged_in == {**plain, "plugins": ["padfree_patch.integrations.axolotl.PadfreePlugin"]}
+    for run in RUNS:
+        if run.plugged_in:
+            assert "our plug-in" in run.how and "padfree-patch" not in run.command_with_door
+            assert len(set(run.command_with_door) - set(run.command)) in (1, 2)
+        else:
+            assert run.command_with_door == ("padfree-patch", "run", "--", *run.command)
+
+
+def test_every_run_was_measured_and_nothing_else_is_there():
+    assert list(FOUND) == [run.key for run in RUNS]
+
+
 def test_page_is_made_of_what_was_measured():
     table = (DOCS / "tools.md").read_text().partition(BEGIN)[2].partition(END)[0].strip().splitlines()
     assert table == [*HEAD, *(row_of(name, finding) for name, finding in FOUND.items())]
@@ -74,5 +106,6 @@ def test_door_isolates_wherever_a_batch_says_where_examples_end(name):
         return
     assert after["status"] == 0 and after["packed"] and after["change"] == 0 and after["alone"] <= 2e-5
     assert after["verified"] == 1 and after["processes"] == before["processes"]
-    if before["change"] == 0:  # upstream was right
+    assert not after["labels"]
+    if before["change"] == 0 and not before["labels"]:  # upstream was right
         assert max(abs(a - b) for a, b in zip(before["losses"], after["losses"], strict=True)) <= 2e-4

@@ -32,8 +32,8 @@ class Probe:
         with torch.no_grad():
             self.found.append(self.measured(model, {**kwargs, "input_ids": args[0]} if args else dict(kwargs)))
 
-    def measured(self, model, arguments):
-        arguments = {name: value for name, value in arguments.items() if name not in NOT_OF_LOGITS}
+    def measured(self, model, given):
+        arguments = {name: value for name, value in given.items() if name not in NOT_OF_LOGITS}
         arguments["use_cache"] = False
         tokens = arguments["input_ids"]
         examples = [(row, span) for row in range(len(tokens)) for span in self.spans(tokens[row].tolist())]
@@ -48,14 +48,26 @@ class Probe:
         moved = (self.logits(model, {**arguments, "input_ids": changed}) - together).abs()
         others = [moved[other, where].max().item() for other, where in examples[1:]]
         rows = len({row for row, _ in examples})
-        given = sorted(name for name, value in arguments.items() if value is not None)
         return {
             "examples": len(examples),
             "rows": rows,
             "alone": max(apart),
             "change": max(others, default=0.0),
-            "given": given,
+            "labels": self.across(model, given, examples),
+            "given": sorted(name for name, value in arguments.items() if value is not None),
         }
+
+    def across(self, model, given, examples):
+        """Returns how much the loss changes if no example's first token is predicted from the example before."""
+        if given.get("labels") is None:
+            return None
+        ignored = {name: given[name].clone() for name in ("labels", "shift_labels") if given.get(name) is not None}
+        for row, span in examples:
+            if span.start:
+                for name, labels in ignored.items():
+                    labels[row, span.start - (name == "shift_labels")] = -100
+        before, after = (model.forward(**{**given, **each}).loss for each in ({}, ignored))
+        return None if before is None else abs(before.item() - after.item())
 
     def logits(self, model, arguments):
         return model.forward(**arguments).logits.float()  # past hooks, which have seen these arguments already

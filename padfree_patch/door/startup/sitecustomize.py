@@ -9,12 +9,16 @@ import sys
 
 
 class _Waiting:
-    """Finds nothing. Opens the door when transformers is about to be imported."""
+    """Finds nothing. Opens the door when transformers is about to be imported, each time until that succeeds."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "transformers":
             sys.meta_path.remove(self)
-            _open_door()
+            try:
+                _open_door()
+            except ImportError:  # which whoever only asks whether transformers is there may ignore
+                sys.meta_path.insert(0, self)
+                raise
 
 
 def _open_door() -> None:
@@ -46,5 +50,8 @@ def _run_the_hidden_one() -> None:
     spec.loader.exec_module(module)
 
 
-sys.meta_path.insert(0, _Waiting())
+if "transformers" in sys.modules:  # imported by a .pth file of the environment, which comes before
+    _open_door()
+else:
+    sys.meta_path.insert(0, _Waiting())
 _run_the_hidden_one()
