@@ -226,7 +226,7 @@ def ways(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def door(session: nox.Session) -> None:
-    """TRL, LLaMA-Factory, ms-swift and scripts, without and with `padfree-patch run`; writes docs/tools.md's table."""
+    """TRL, LLaMA-Factory, ms-swift, axolotl, scripts: without and with the door; writes the table of docs/tools.md."""
     session.run(sys.executable, "tools/door.py", *session.posargs, external=True)
 
 

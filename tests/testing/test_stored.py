@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from padfree_patch import autopatch
+from padfree_patch.patching import is_applied
 from padfree_patch.registry import registry
 from padfree_patch.testing import tiny_model
 from padfree_patch.testing.stored import Stored
@@ -61,3 +63,14 @@ def test_copy_shares_what_the_model_shares(with_lambda):
     torch.testing.assert_close(found.one.weight, expected, rtol=0, atol=0)
     found.whole[1] = 9
     assert found.part[0] == 9
+
+
+def test_models_of_an_open_door_are_that_doors_and_leave_no_trace():
+    """Else every later test would have had a patched one."""
+    patch, asked = registry().get("llama"), {"num_hidden_layers": 2, "seed": 7}
+    for _ in range(2):
+        with autopatch() as door:
+            made = [tiny_model(patch, **asked) for _ in range(2)]
+        assert door.models == made and all(map(is_applied, made))
+        later = tiny_model(patch, **asked)
+        assert not is_applied(later) and not any(each._forward_pre_hooks for each in later.modules())
