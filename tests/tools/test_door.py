@@ -74,7 +74,9 @@ def test_probe_measures_what_labels_across_boundaries_do_to_the_loss(llama):
         assert probed(llama, {**batch, **labels})["labels"] == 0
     padfree_patch.apply(llama)
     assert probed(llama, {**batch, "labels": ids})["labels"] == 0
-    assert probed(llama, {name: batch[name] for name in ("input_ids", "position_ids")})["labels"] is None
+    unlabelled = {name: batch[name] for name in ("input_ids", "position_ids")}
+    for given in (unlabelled, {**batch, "labels": ids[:, 3:], "logits_to_keep": 12}):
+        assert probed(llama, given)["labels"] is None
 
 
 def test_a_tools_own_slot_is_what_a_plug_in_is_run_in(tmp_path):

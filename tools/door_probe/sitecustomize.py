@@ -58,8 +58,11 @@ class Probe:
         }
 
     def across(self, model, given, examples):
-        """Returns how much the loss changes if no example's first token is predicted from the example before."""
-        if given.get("labels") is None:
+        """Returns how much the loss changes if no example's first token is predicted from the example before.
+
+        None if the model computes no loss, or that of some tokens only, as in ms-swift: which are first is unknown then.
+        """
+        if given.get("labels") is None or given.get("logits_to_keep") is not None:
             return None
         ignored = {name: given[name].clone() for name in ("labels", "shift_labels") if given.get(name) is not None}
         for row, span in examples:
