@@ -60,7 +60,7 @@ class Probe:
     def across(self, model, given, examples):
         """Returns how much the loss changes if no example's first token is predicted from the example before.
 
-        None if the model computes no loss, or that of some tokens only, as in ms-swift: which are first is unknown then.
+        None if the model computes no loss, or that of some tokens only, as in ms-swift: which are first is not known.
         """
         if given.get("labels") is None or given.get("logits_to_keep") is not None:
             return None
