@@ -13,10 +13,12 @@ from torch import nn
 from .. import attention, verification, versions
 from ..adapters import check_adapters
 from ..errors import PadfreeError
-from ..models import check_is_module
+from ..models import check_is_module, is_transformers_model
 from ..registry import Patch, patch_for
 from ..seams.decoder import IMPLEMENTATIONS
 from ..seams.labelled import check_logits
+from ..verification.entry import why_not_called_with_tokens
+from ..verification.untouched import unwrapped
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import installed
 from .checking import Check, check, say_applied
@@ -58,6 +60,7 @@ def _apply(model: nn.Module, backend: str, logits: str, *, verify: bool) -> Chec
     """Does what `apply` does, and says nothing; returns the check, or None if there was none."""
     attention.check_name(backend)
     check_logits(logits)
+    model = _what_can_be_checked(model) if verify and isinstance(model, nn.Module) else model
     patch = patch_for(model)
     check_adapters(model)
     before = State(model)
@@ -77,6 +80,24 @@ def _apply(model: nn.Module, backend: str, logits: str, *, verify: bool) -> Chec
         before.put_back()
         raise
     return checked
+
+
+def _what_can_be_checked(model: nn.Module) -> nn.Module:
+    """Returns the model; or the transformers model inside, with a warning, if only its author can call the wrapper."""
+    outer = unwrapped(model)
+    name, found = next(
+        ((name, each) for name, each in outer.named_modules() if is_transformers_model(each)), ("", model)
+    )
+    reason = why_not_called_with_tokens(outer)
+    if reason is None or not name:
+        return model
+    warnings.warn(
+        f"padfree_patch: {type(outer).__name__}.forward {reason}, so only the {type(found).__name__} inside it, "
+        f".{name}, was checked. See that it hands on to it where examples end, and mixes none itself; apply called on the model "
+        "inside does the same without this warning",
+        stacklevel=4,
+    )
+    return found
 
 
 def restore(model: Model) -> Model:

@@ -16,6 +16,17 @@ from ..errors import PadfreeError
 from ..models import is_transformers_model
 
 
+def why_not_called_with_tokens(model: nn.Module) -> str | None:
+    """Says what a module's forward takes, if nobody but its author can call it with tokens; None if a probe can."""
+    parameters = inspect.signature(model.forward).parameters
+    if any(name in parameters for name in _TOKENS) or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return f"takes {', '.join(parameters)}, and no input_ids"
+
+
+_TOKENS = ("input_ids", "inputs_embeds")
+
+
 class Entry:
     """The outermost forward that a caller would call, and the embedding at which the gradient's graph begins."""
 
@@ -31,8 +42,8 @@ class Entry:
         self._by_ids = self._takes("input_ids")
         self.embeddings: list[Tensor] = []
         """What the embedding gave in the last call, (1, T, D) each: the leaves at which its graph begins."""
-        if not (self._by_ids or self._takes("inputs_embeds")):
-            raise self._refusal(f"takes {', '.join(self._parameters)}, and no input_ids")
+        if reason := why_not_called_with_tokens(model):
+            raise self._refusal(reason)
 
     def _takes(self, name: str) -> bool:
         return name in self._parameters or any(each.kind is each.VAR_KEYWORD for each in self._parameters.values())

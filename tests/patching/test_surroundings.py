@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -75,8 +76,25 @@ class Actor(nn.Module):
         return self.model(sequences, position_ids=positions).logits.log_softmax(-1)
 
 
-def test_refusal_of_an_actor_names_the_model_inside(llama):
-    says = r"Actor.forward takes sequences, positions, and no input_ids.*on the transformers model inside it, .model$"
-    with pytest.raises(PadfreeError, match=says):
+def test_model_inside_an_actor_is_patched_and_named(llama, batch):
+    """No probe can call the actor itself; what it computes of packed rows is what it computes of each example alone."""
+    actor = Actor(llama)
+    with torch.no_grad():
+        alone = torch.cat([actor(each) for each in examples(conformance.LENGTHS)], dim=1)
+        says = r"Actor.forward takes sequences, positions, and no input_ids, so only the LlamaForCausalLM inside"
+        with pytest.warns(UserWarning, match=says):
+            padfree_patch.apply(actor)
+        torch.testing.assert_close(actor(batch["input_ids"], batch["position_ids"]), alone)
+    with pytest.raises(PadfreeError, match=r"Actor.forward takes .*on the transformers model inside it, .model$"):
+        padfree_patch.verify(actor)
+    assert not padfree_patch.patching.is_applied(padfree_patch.restore(actor))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        padfree_patch.apply(actor.model)
+
+
+def test_a_leak_in_the_model_inside_an_actor_is_found(llama):
+    llama.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output + output.roll(1, dims=1))
+    with pytest.warns(UserWarning, match="inside it"), pytest.raises(padfree_patch.LeakError):
         padfree_patch.apply(Actor(llama))
-    padfree_patch.apply(Actor(llama).model)
+    assert not padfree_patch.patching.is_applied(llama)
