@@ -93,8 +93,8 @@ def _what_can_be_checked(model: nn.Module) -> nn.Module:
         return model
     warnings.warn(
         f"padfree_patch: {type(outer).__name__}.forward {reason}, so only the {type(found).__name__} inside it, "
-        f".{name}, was checked. See that it hands on to it where examples end, and mixes none itself; apply called on the model "
-        "inside does the same without this warning",
+        f".{name}, was checked. See that it hands on to it where examples end, and mixes none itself; apply called on "
+        "the model inside does the same without this warning",
         stacklevel=4,
     )
     return found
