@@ -39,11 +39,11 @@ SEQ_IDX, LENGTHS = "seq_idx", "cu_seq_lens_q"
 
 def with_kernels(ways: list[Way]) -> list[Way]:
     """Puts a way in front, if kernels are installed that the mixers of the fastest may hand lengths on to."""
+    if not any(map(importlib.util.find_spec, PACKAGES)):
+        return ways
     fastest = ways[0]
     told = frozenset(each for each in fastest.split if _can_be_told(each))
-    if not told or not any(map(importlib.util.find_spec, PACKAGES)):
-        return ways
-    return [fastest.with_whole(told), *ways]
+    return [fastest.with_whole(told), *ways] if told else ways
 
 
 def _can_be_told(cls: type) -> bool:
@@ -54,10 +54,12 @@ def _can_be_told(cls: type) -> bool:
     forward = original_of(cast("type[nn.Module]", cls).forward)
     takes = takes_keyword(forward, SEQ_IDX) or takes_keyword(forward, LENGTHS)
     own = [inspect.unwrap(each) for base in cls.__mro__ for each in vars(base).values() if inspect.isfunction(each)]
-    return takes and any(not _SIGNS.isdisjoint((*f.__code__.co_names, *f.__code__.co_varnames)) for f in own)
+    codes = [each.__code__ for each in own if inspect.isfunction(each)]  # under a decorator may be no Python function
+    return takes and any(not _SIGNS.isdisjoint((*code.co_names, *code.co_varnames)) for code in codes)
 
 
 _SIGNS = {SEQ_IDX, LENGTHS, "causal_conv1d_fn"}
+"""Names in the code of a mixer that calls such kernels."""
 
 
 def find(model: nn.Module, way: Way) -> Found:
@@ -72,6 +74,7 @@ def answer(call: Call) -> object:
     if not _is_told(call.module, batch):
         return mixers.on_each(call, batch)
     sequences = batch.sequences
+    # In this order: reading the lengths takes off what cu_seqlens may repeat at their end.
     told = {SEQ_IDX: seq_idx_of(sequences), LENGTHS: sequences.kernel_cu_seqlens()}
     masks = dict.fromkeys(name for name, value in call.arguments.items() if find_noted([value]) is not None)
     with nothing_running():

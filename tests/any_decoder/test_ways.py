@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import pytest
@@ -26,6 +27,14 @@ class Indexer(Mixer):
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         return hidden_states
+
+
+class Wrapped(Indexer):
+    """Under the decorator of its method is no Python function."""
+
+    @functools.wraps(abs)
+    def helper(self, value):
+        return abs(value)
 
 
 class Block(nn.Module):
@@ -56,10 +65,12 @@ def test_a_block_around_a_mixer_is_not_cut():
 @pytest.mark.parametrize("installed", [False, True])
 def test_only_mixers_that_call_kernels_are_told(monkeypatch, installed):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if installed else None)
-    ways = ways_of(model_of(KernelMixer(), Indexer(), Mixer()))
+    ways = ways_of(model_of(KernelMixer(), Indexer(), Mixer(), Wrapped()))
     found = with_kernels(ways)
     assert found[-len(ways) :] == ways
-    assert [(way.whole, way.split) for way in found[: -len(ways)]] == [({KernelMixer}, {Indexer, Mixer})] * installed
+    assert [(way.whole, way.split) for way in found[: -len(ways)]] == [
+        ({KernelMixer}, {Indexer, Mixer, Wrapped})
+    ] * installed
 
 
 def test_a_told_class_that_leaks_is_run_on_each_sequence_next(monkeypatch):

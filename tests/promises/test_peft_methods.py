@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import padfree_patch
+from helpers.peft_benches import bench_or_skip
 from helpers.snapshots import snapshot
 from padfree_patch import PadfreeError
 from padfree_patch.testing import conformance, pack, pad
@@ -46,9 +47,7 @@ def _quiet():
 
 def bench_of(name):
     """Skips the test if the installed PEFT does not have the method, or the page says that it can't run it."""
-    if name not in methods():
-        pytest.skip(f"peft {peft.__version__} has no {name}")
-    bench = Bench(name, methods()[name], num_key_value_heads=6)  # PEFT's older methods take no grouped queries
+    bench = bench_or_skip(name)
     try:
         return bench, bench.alone()
     except Exception as error:

@@ -10,10 +10,11 @@ from packaging.version import Version
 
 import padfree_patch
 from helpers.comparison import gradients_apart
+from helpers.peft_benches import bench_or_skip
 from padfree_patch import PadfreeError
 from padfree_patch.integrations.padded import pack_padded
 from padfree_patch.testing import conformance, pack, pad
-from peft_methods import INVOCATION, Bench, methods, texts
+from peft_methods import INVOCATION, texts
 
 pytestmark = [pytest.mark.versions, pytest.mark.filterwarnings("ignore")]  # PEFT's own
 
@@ -29,14 +30,8 @@ def _quiet():
     transformers.logging.set_verbosity_error()
 
 
-def bench_of(name):
-    if name not in methods():
-        pytest.skip(f"peft {peft.__version__} has no {name}")
-    return Bench(name, methods()[name], num_key_value_heads=6)  # PEFT's older methods take no grouped queries
-
-
 def base():
-    return bench_of("LORA").base()
+    return bench_or_skip("LORA").base()
 
 
 def with_two(model, **second):
@@ -91,7 +86,7 @@ def test_names_that_a_packed_row_cannot_have_are_refused(names, message):
 
 def test_names_that_nobody_heeds_are_refused():
     """PEFT would run the active adapter for every row, and say nothing."""
-    model = bench_of("IA3").adapted(padfree_patch.apply(base()))
+    model = bench_or_skip("IA3").adapted(padfree_patch.apply(base()))
     for called, who in ((model, "PeftModelForCausalLM"), (model.get_base_model(), "LlamaForCausalLM")):
         with pytest.raises(PadfreeError, match=f"{who} with IA3Config ignores adapter_names.*; call set_adapter"):
             called(**pack(texts()), adapter_names=["__base__"])
@@ -100,7 +95,7 @@ def test_names_that_nobody_heeds_are_refused():
 
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_an_activated_adapter_that_is_only_named_is_refused(order):
-    bench_of("LORA, activated (aLoRA)")
+    bench_or_skip("LORA, activated (aLoRA)")
     second = {"alora_invocation_tokens": INVOCATION}
     if order == "before":
         model = with_two(padfree_patch.apply(base()), **second)
@@ -112,7 +107,7 @@ def test_an_activated_adapter_that_is_only_named_is_refused(order):
 
 
 def test_a_task_for_each_example_of_a_row_is_refused():
-    bench = bench_of("POLY")
+    bench = bench_or_skip("POLY")
     model = bench.adapted(padfree_patch.apply(bench.base())).eval()
     with pytest.raises(PadfreeError, match=r"task_ids has 4 value\(s\), the packed batch 1 row\(s\) of 4 examples"):
         model(**pack(texts()), task_ids=torch.tensor([0, 1, 0, 1]))
@@ -127,7 +122,7 @@ LOOKED_AT = ["POLY", "XLORA", "SHADOW", "LILY", "LORA, activated (aLoRA)"]
 
 @pytest.mark.parametrize("name", [*LOOKED_AT, "LORA", "PROMPT_TUNING"])
 def test_rows_that_peft_looks_at_stay_rows_inside_pack_padded(name):
-    bench = bench_of(name)
+    bench = bench_or_skip(name)
     batch = pad(texts())
     tasks = {"task_ids": torch.tensor([0, 1, 0, 1])} if name == "POLY" else {}
 
@@ -153,7 +148,7 @@ def test_rows_that_peft_looks_at_stay_rows_inside_pack_padded(name):
     "name", ["PROMPT_TUNING", "PREFIX_TUNING", "LORA, activated (aLoRA)", "LILY", "SHADOW", "ADAPTION_PROMPT"]
 )
 def test_an_adapter_that_is_disabled_is_no_obstacle(name):
-    bench = bench_of(name)
+    bench = bench_or_skip(name)
     model = bench.adapted(padfree_patch.apply(bench.base())).eval()
     expected = logits_of_each(bench.base(), texts())
     for _ in range(2):
