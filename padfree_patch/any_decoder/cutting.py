@@ -29,6 +29,8 @@ Result = TypeVar("Result")
 class _Place(NamedTuple):
     """Where the tokens lie that a sequence is run on."""
 
+    number: int
+    """Of the sequence."""
     row: int
     parts: tuple[tuple[int, int], ...]
     """(start, tokens) in the row: of the prompt, if the sequence goes on from one, and of its own."""
@@ -44,7 +46,14 @@ def _places(sequences: PackedSequences, tokens: int) -> Iterator[_Place]:
         prefix = -1 if sequences.prefixes is None else sequences.prefixes[i]
         prompt = [own[prefix][1:]] if prefix >= 0 else []
         parts = (*prompt, (start, length))
-        yield _Place(row, parts, sum(n for _, n in parts))
+        yield _Place(i, row, parts, sum(n for _, n in parts))
+
+
+class OfEach(tuple[Tensor, ...]):
+    """What each sequence gave where that can't be joined, for the next module that runs on each: (1, N, ...) each.
+
+    An indexer chooses as many keys for a token as it may, or all that a short sequence has.
+    """
 
 
 class Cutter:
@@ -94,6 +103,8 @@ class Cutter:
     def _cut(self, value: object, place: _Place, known: int | None) -> object:
         """Returns what belongs to one sequence."""
         length = place.length
+        if isinstance(value, OfEach):
+            return value[place.number]
         if isinstance(value, (tuple, torch.Size)) and len(value) > 1 and all(type(each) is int for each in value):
             return type(value)(self._shape(value, length))
         if (inside := _inside(value, lambda each: self._cut(each, place, None))) is not None:
@@ -148,7 +159,8 @@ class Cutter:
     def join(self, results: Sequence[Any]) -> object:
         """Joins what each sequence gave along its tokens, as (B, T, ...).
 
-        Attention weights and states, beside a result, become None: nobody asked for those of a packed row.
+        Attention weights and states, beside a result, become None: nobody asked for those of a packed row. Keys that
+        were chosen, which a later layer may use again, are handed on as they are.
 
         Raises PadfreeError for a result, or a number, that is neither for each token nor the same for all.
         """
@@ -168,7 +180,9 @@ class Cutter:
     def _beside(self, results: Sequence[Any]) -> object:
         if isinstance(results[0], Tensor) and results[0].dim() > 1:
             weights = all(each.dim() == 4 and each.shape[2:] == (n, n) for each, n in zip(results, self._lengths))
-            return None if weights else self._joined(results)
+            whole = None if weights else self._joined(results)
+            chosen = whole is None and results[0].dtype in (torch.int32, torch.int64)
+            return OfEach(results) if chosen else whole
         return self.join(results)
 
     def _joined(self, results: Sequence[Tensor]) -> Tensor | None:

@@ -13,6 +13,7 @@ from ..batch.packed_batch import PackedBatch
 from ..errors import PadfreeError
 from ..seams.answers import note_answer
 from ..seams.kinds import Found
+from ..seams.rotary import as_new
 from ..seams.under_way import nothing_running, under_way
 from ..upstream import Arguments
 from ..verification.untouched import states_put_back
@@ -93,6 +94,9 @@ def on_each(call: Call, batch: PackedBatch) -> object:
 
 
 def _alone(call: Call, cut: Arguments) -> object:
-    """Runs upstream's forward on one sequence, which leaves no state behind for the next one."""
-    with states_put_back(call.module):
+    """Runs upstream's forward on one sequence, which leaves no state behind for the next one.
+
+    A rotary inside that looks at a length would remember the longest; the seam of those outside is not told of it here.
+    """
+    with as_new(call.module), states_put_back(call.module):
         return call.changed(**cut).proceed()

@@ -92,21 +92,26 @@ def answer(call: Call) -> tuple[Tensor, ...]:
 
 
 def _tables_of_positions(call: Call, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """Returns (cos, sin), (B, T, D) each, of a rotary that takes position_ids: one call per length that matters."""
+    """Returns (cos, sin), (..., B, T, D) each, of a rotary that takes position_ids: one call per length that matters.
+
+    Some take the type of a layer as well, and positions with an axis (..., B, T) in front.
+    """
     rotary, x, lengths = call.module, call.arguments["x"], list(batch.sequences.lengths)
-    pieces = batch.position_ids.reshape(-1).split(lengths)
+    given = call.arguments["position_ids"] if call.arguments["position_ids"].dim() > 2 else batch.position_ids
+    pieces = given.flatten(-2).unsqueeze(-2).split(lengths, dim=-1)  # (..., 1, length) each
     longest = [max(last + 1, unscaled_length(rotary)) for last in batch.last_positions]
     rotated: dict[int, tuple[Tensor, Tensor]] = {}
     for length in set(longest):
         members = [i for i, each in enumerate(longest) if each == length]
-        positions = torch.cat([pieces[i] for i in members]).unsqueeze(0)
+        positions = torch.cat([pieces[i] for i in members], dim=-1)
         known = {"seq_len": length} if call.takes("seq_len") else {}  # or it would ask the device
-        cos, sin = call.original(_fresh(rotary, x.device), x, positions, **known)  # (1, tokens, D) each
+        others = {name: value for name, value in call.arguments.items() if value is not rotary}
+        cos, sin = call.original(_fresh(rotary, x.device), **{**others, "position_ids": positions, **known})
         sizes = [lengths[i] for i in members]
-        rotated |= dict(zip(members, zip(cos.split(sizes, dim=1), sin.split(sizes, dim=1))))
-    shape = (*batch.position_ids.shape, -1)
-    cos, sin = (torch.cat([rotated[i][part] for i in range(len(pieces))], dim=1).view(shape) for part in (0, 1))
-    return cos, sin
+        rotated |= dict(zip(members, zip(cos.split(sizes, dim=-2), sin.split(sizes, dim=-2))))
+    cos, sin = (torch.cat([rotated[i][part] for i in range(len(pieces))], dim=-2) for part in (0, 1))
+    rows = batch.position_ids.shape
+    return cos.squeeze(-3).unflatten(-2, rows), sin.squeeze(-3).unflatten(-2, rows)
 
 
 def _tables_of_lengths(call: Call, batch: PackedBatch) -> tuple[Tensor, Tensor]:
@@ -164,11 +169,12 @@ def unscaled_length(rotary: nn.Module) -> int:
     """Returns the tokens up to which all sequences share the same frequencies."""
     config = getattr(rotary, "config", None)
     scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    by_layer_type = [each for each in scaling.values() if isinstance(each, dict)]
     known = (
         getattr(rotary, "original_max_seq_len", None),
         getattr(rotary, "max_position_embeddings", None),
         getattr(rotary, "original_max_position_embeddings", None),
         getattr(config, "original_max_position_embeddings", None),
-        scaling.get("original_max_position_embeddings"),
+        *(each.get("original_max_position_embeddings") for each in (scaling, *by_layer_type)),
     )
     return min(int(each) for each in known if each)

@@ -150,12 +150,17 @@ def _buffers_put_back(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def states_put_back(model: nn.Module) -> Iterator[None]:
     """Takes from modules what a call left at them for the next one to go on with, such as a recurrence's state."""
-    before = [(module, _plain_values(module)) for module in model.modules()]
+    before = [(m, set(vars(m)), _plain_values(m), dict(m._buffers)) for m in model.modules()]
     try:
         yield
     finally:
-        for module, values in before:
+        for module, names, values, buffers in before:
+            for new in _plain_values(module).keys() - names:
+                delattr(module, new)
             vars(module).update(values)
+            if buffers or module._buffers:  # a table that has grown is another buffer
+                module._buffers.clear()
+                module._buffers.update(buffers)
 
 
 def _plain_values(module: nn.Module) -> dict[str, object]:

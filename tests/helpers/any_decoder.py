@@ -63,7 +63,7 @@ def tiny_decoder(model_type: str, implementation: str | None = None, **config: o
 
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"no {model_type} in this version of transformers")
-    built = AutoConfig.for_model(model_type, **copy.deepcopy({**CONFIGS[model_type], **config}))
+    built = AutoConfig.for_model(model_type, **copy.deepcopy({**CONFIGS.get(model_type, {}), **config}))
     built.is_encoder_decoder = False
     chosen = {} if implementation is None else {"attn_implementation": implementation}
     return with_weights(lambda: AutoModelForCausalLM.from_config(built, **chosen))
