@@ -80,8 +80,8 @@ def as_new(model: nn.Module) -> Iterator[None]:
 
 
 @torch.compiler.disable
-def answer(call: Call) -> tuple[Tensor, ...]:
-    """Answers the forward of a length-dependent rotary: (cos, sin), for a packed batch each sequence's own."""
+def answer(call: Call) -> Tensor | tuple[Tensor, ...]:
+    """Answers the forward of a length-dependent rotary: its tables, for a packed batch each sequence's own."""
     batch = under_way.batch
     assert batch is not None  # or the call would not have concerned us
     if call.takes("query"):
@@ -91,27 +91,31 @@ def answer(call: Call) -> tuple[Tensor, ...]:
     return _tables_of_lengths(call, batch)
 
 
-def _tables_of_positions(call: Call, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+def _tables_of_positions(call: Call, batch: PackedBatch) -> Tensor | tuple[Tensor, ...]:
     """Returns (cos, sin), (..., B, T, D) each, of a rotary that takes position_ids: one call per length that matters.
 
-    Some take the type of a layer as well, and positions with an axis (..., B, T) in front.
+    Some take the type of a layer as well, some positions with an axis in front, (..., B, T), and some give complex
+    numbers instead of the two tables.
     """
     rotary, x, lengths = call.module, call.arguments["x"], list(batch.sequences.lengths)
     given = call.arguments["position_ids"] if call.arguments["position_ids"].dim() > 2 else batch.position_ids
     pieces = given.flatten(-2).unsqueeze(-2).split(lengths, dim=-1)  # (..., 1, length) each
     longest = [max(last + 1, unscaled_length(rotary)) for last in batch.last_positions]
-    rotated: dict[int, tuple[Tensor, Tensor]] = {}
+    others = {name: value for name, value in call.arguments.items() if value is not rotary}
+    rotated: dict[int, tuple[Tensor, ...]] = {}
+    made: Tensor | tuple[Tensor, ...] = ()
     for length in set(longest):
         members = [i for i, each in enumerate(longest) if each == length]
         positions = torch.cat([pieces[i] for i in members], dim=-1)
         known = {"seq_len": length} if call.takes("seq_len") else {}  # or it would ask the device
-        others = {name: value for name, value in call.arguments.items() if value is not rotary}
-        cos, sin = call.original(_fresh(rotary, x.device), **{**others, "position_ids": positions, **known})
+        made = call.original(_fresh(rotary, x.device), **{**others, "position_ids": positions, **known})
+        tables = (made,) if isinstance(made, Tensor) else made  # (..., 1, tokens, D) each
         sizes = [lengths[i] for i in members]
-        rotated |= dict(zip(members, zip(cos.split(sizes, dim=-2), sin.split(sizes, dim=-2))))
-    cos, sin = (torch.cat([rotated[i][part] for i in range(len(pieces))], dim=-2) for part in (0, 1))
+        rotated |= dict(zip(members, zip(*(each.split(sizes, dim=-2) for each in tables))))
     rows = batch.position_ids.shape
-    return cos.squeeze(-3).unflatten(-2, rows), sin.squeeze(-3).unflatten(-2, rows)
+    in_order = zip(*(rotated[i] for i in range(len(pieces))))
+    whole = [torch.cat(each, dim=-2).squeeze(-3).unflatten(-2, rows) for each in in_order]
+    return whole[0] if isinstance(made, Tensor) else tuple(whole)
 
 
 def _tables_of_lengths(call: Call, batch: PackedBatch) -> tuple[Tensor, Tensor]:
