@@ -70,6 +70,7 @@ _EVERY_SECOND = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_p
 
 BY_HAND: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], **_MAMBA},
+    "big_bird": {"attention_type": "original_full"},  # a short call makes it that, for good, so apply refuses the other
     "cohere_compass_text": {"layer_types": _WINDOWED * 2, "rope_parameters": dict.fromkeys(_WINDOWED, _PLAIN_ROPE)},
     "cosmos3_edge_text": {"rope_parameters": _MROPE},
     "dbrx": {

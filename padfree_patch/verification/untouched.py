@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import why_not_packed
+from ..errors import PadfreeError
 from ..models import pretrained_modules
 from ..wrapping.opt_in import OptIn
 
@@ -66,9 +67,12 @@ def untouched(model: nn.Module, training: Iterable[nn.Module] = ()) -> Iterator[
 
     That is the modules' modes, which parameters are trained, the random state, and modules that have buffers: rotary
     tables grow. Those in `training` are in training mode, but not the modules inside of them.
+
+    Raises PadfreeError for a model that a call makes one of another kind, for good.
     """
     devices = {parameter.device for parameter in model.parameters()}
     with ExitStack() as stack:
+        stack.enter_context(_kind_put_back(model))
         stack.enter_context(_modes_put_back(model))
         stack.enter_context(_trained_put_back(model))
         stack.enter_context(_buffers_put_back(model))
@@ -102,6 +106,36 @@ def _trained_put_back(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, trained in before:
             parameter.requires_grad_(trained)
+
+
+@contextmanager
+def _kind_put_back(model: nn.Module) -> Iterator[None]:
+    """Puts back of which modules a model consists, and raises PadfreeError, if a run has changed what it says it is.
+
+    BigBird turns its sparse attention into a full one in its first call that is too short for the sparse one.
+    """
+    models = pretrained_modules(model)
+    before = [(each, _words(each), dict(each._modules)) for each in model.modules()]
+    yield
+    changed = ((each, n, w) for each, words, _ in before if each in models for n, w in words.items())
+    found = [(each, name, word, vars(each).get(name)) for each, name, word in changed if vars(each).get(name) != word]
+    if not found:
+        return
+    for each, words, modules in before:
+        vars(each).update(words)
+        each._modules.clear()
+        each._modules.update(modules)
+    module, name, word, now = found[0]
+    raise PadfreeError(
+        f"a short call makes {type(module).__name__} another model, for good: its {name} went from {word!r} to "
+        f"{now!r}. What an example gives would depend on those before it; make the model with {name}={now!r} in its "
+        "config, or train it on padded batches"
+    )
+
+
+def _words(module: nn.Module) -> dict[str, str]:
+    """Returns what a module says of itself in words."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, str)}
 
 
 @contextmanager

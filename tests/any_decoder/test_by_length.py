@@ -11,6 +11,7 @@ from torch import nn
 import padfree_patch
 from helpers.any_decoder import CONFIGS, maker
 from helpers.models import assert_exact
+from padfree_patch import PadfreeError
 from padfree_patch.any_decoder.cutting import Cutter, OfEach
 from padfree_patch.batch.packed_batch import PackedBatch
 from padfree_patch.batch.sequences import PackedSequences
@@ -118,3 +119,17 @@ def test_only_what_was_chosen_is_handed_on_in_parts():
     assert joined[2] is None
     parts = cutter.run({"chosen": joined[1]}, lambda cut: cut["chosen"])
     assert all(part is each for part, each in zip(parts, chosen))
+
+
+def test_model_that_a_short_call_makes_another_is_refused_and_put_back():
+    """BigBird's sparse attention sees later tokens too, and becomes a full one in its first call that is too short."""
+    config = {name: SHARED_CHOICE[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    config |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    make = maker("big_bird", is_decoder=True, **config)
+    model, kinds = make(), [type(each) for each in make().modules()]
+    with pytest.raises(PadfreeError, match=r"attention_type went from 'block_sparse' to 'original_full'.*config"):
+        padfree_patch.apply(model)
+    assert [type(each) for each in model.modules()] == kinds
+    model(**pack(examples((9,))), use_cache=False)
+    assert [type(each) for each in model.modules()] != kinds  # the control
+    padfree_patch.apply(maker("big_bird", is_decoder=True, attention_type="original_full", **config)())
