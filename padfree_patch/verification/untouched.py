@@ -115,22 +115,24 @@ def _kind_put_back(model: nn.Module) -> Iterator[None]:
     BigBird turns its sparse attention into a full one in its first call that is too short for the sparse one.
     """
     models = pretrained_modules(model)
+    said = [(each, name, word) for each in models for name, word in _words(each).items()]
     before = [(each, _words(each), dict(each._modules)) for each in model.modules()]
-    yield
-    changed = ((each, n, w) for each, words, _ in before if each in models for n, w in words.items())
-    found = [(each, name, word, vars(each).get(name)) for each, name, word in changed if vars(each).get(name) != word]
-    if not found:
-        return
-    for each, words, modules in before:
-        vars(each).update(words)
-        each._modules.clear()
-        each._modules.update(modules)
-    module, name, word, now = found[0]
-    raise PadfreeError(
-        f"a short call makes {type(module).__name__} another model, for good: its {name} went from {word!r} to "
-        f"{now!r}. What an example gives would depend on those before it; make the model with {name}={now!r} in its "
-        "config, or train it on padded batches"
-    )
+    changed: list[tuple[nn.Module, str, str, object]] = []
+    try:
+        yield
+    finally:
+        changed += [(*each, now) for each in said if (now := vars(each[0]).get(each[1])) != each[2]]
+        for each, words, modules in before if changed else ():
+            vars(each).update(words)
+            each._modules.clear()
+            each._modules.update(modules)
+    if changed:
+        module, name, word, now = changed[0]
+        raise PadfreeError(
+            f"a short call makes {type(module).__name__} another model, for good: its {name} went from {word!r} to "
+            f"{now!r}. What an example gives would depend on those before it; make the model with {name}={now!r} in "
+            "its config, or train it on padded batches"
+        )
 
 
 def _words(module: nn.Module) -> dict[str, str]:
