@@ -160,13 +160,19 @@ def _rotated_pair(call: Call, batch: PackedBatch) -> tuple[Tensor, ...]:
 
 
 def _fresh(rotary: nn.Module, device: torch.device) -> nn.Module:
-    """Returns a rotary as it was before its first call: upstream's keep what the longest sequence made of them."""
+    """Returns a rotary as it was before its first call: upstream's keep what the longest sequence made of them.
+
+    What it has learned is its own.
+    """
     if hasattr(rotary, "long_factor"):  # Phi-3's of 4.41 to 4.47 compute all anew on each call
         return copy.copy(rotary)
     names = [name for name in signature(type(rotary).__init__).parameters if name not in ("self", "device")]
     built: nn.Module = type(rotary)(**{name: getattr(rotary, name) for name in names if hasattr(rotary, name)})
     buffers = [buffer.dtype for buffer in rotary.buffers() if buffer.is_floating_point()]
-    return built.to(device, min(buffers, key=lambda dtype: dtype.itemsize))  # model.half() casts the frequencies too
+    built.to(device, min(buffers, key=lambda dtype: dtype.itemsize))  # model.half() casts the frequencies too
+    built._parameters.update(rotary._parameters)  # Mistral Large 4 trains some
+    built._modules.update(rotary._modules)
+    return built
 
 
 def unscaled_length(rotary: nn.Module) -> int:

@@ -7,6 +7,7 @@ import torch
 
 from padfree_patch import applied
 from padfree_patch.registry import registry
+from padfree_patch.seams import rotary as rotaries
 from padfree_patch.testing import conformance, examples, pack, tiny_model
 
 pytestmark = pytest.mark.versions
@@ -62,3 +63,13 @@ def test_each_sequence_of_several_rows_is_rotated_by_its_own_length(make):
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_gradients_are_right_when_checkpointing_runs_a_rotary_again(make, reentrant):
     conformance.check_gradients(make, prepare=conformance.checkpointing(reentrant=reentrant))
+
+
+def test_what_a_rotary_has_learned_stays_its_own(make):
+    """Mistral Large 4 has such; here one is given to Llama's."""
+    model = make()
+    rotary = next(module for module in model.modules() if rotaries.depends_on_length(module))
+    rotary.alpha = torch.nn.Parameter(torch.full((1,), 3.0))
+    with rotaries.as_new(model):
+        assert rotary.alpha.item() == 3.0
+    assert rotary.alpha.item() == 3.0
