@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -17,10 +18,12 @@ from ..registry import Patch
 from ..upstream import Arguments
 from ..wrapping.call import Call
 from ..wrapping.frames import Outside, frames_are_compiled
+from ..wrapping.seam import Answer
 from .answers import answering, check_head_not_passed_by
 from .full_rows import look_at_call
 from .hand_over import serve, serve_traced
 from .kinds import Found, check_class_found, check_takes
+from .last_layer import on_labelled_rows
 from .mask import measure
 from .model_call import enter, proceed, seams_of, take_batch, tokens_of
 from .noise import embed_each_alone
@@ -49,7 +52,11 @@ def find(model: nn.Module, patch: Patch) -> Found:
 
 @torch.compiler.disable(recursive=False)
 def answer(call: Call) -> object:
-    return serve(call, _answer)
+    return _serve(call, _answer)
+
+
+def _serve(call: Call, answer: Answer) -> object:
+    return serve(call, answer, None if frames_are_compiled() else functools.partial(on_labelled_rows, answer))
 
 
 def _answer(call: Call) -> object:
@@ -71,7 +78,7 @@ def running_decoder(decoder: nn.Module, batch: PackedBatch) -> Iterator[None]:
 
 
 def enter_decoder(call: Call) -> object:
-    return serve(call, lambda call: enter(call, answer))
+    return _serve(call, lambda call: enter(call, answer))
 
 
 @torch.compiler.disable

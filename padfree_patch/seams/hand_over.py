@@ -164,8 +164,14 @@ def _unserved() -> Handed | None:
     return None if handed is None or handed.served else handed
 
 
-def serve(call: Call, answer: Answer) -> object:
-    """Answers the call of a decoder; of one that a head waits for, with the hidden states that it wants."""
+def serve(call: Call, answer: Answer, awaited: Answer | None = None) -> object:
+    """Answers the call of a decoder; of one that a head waits for, with the hidden states that it wants.
+
+    Args:
+        call: of the decoder.
+        answer: answers it with all hidden states.
+        awaited: does so where a head waits; None for `answer`.
+    """
     if is_language_head(call.module):
         return answer(call)
     call.arguments.pop("labelled_rows", None)
@@ -173,7 +179,7 @@ def serve(call: Call, answer: Answer) -> object:
     if handed is None:
         return answer(call)
     handed.served = True
-    return handed.serve(call.module, lambda: answer(call))
+    return handed.serve(call.module, lambda: (awaited or answer)(call))
 
 
 def serve_traced(original: Function, args: tuple[Any, ...], kwargs: Arguments) -> object:

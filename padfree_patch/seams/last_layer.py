@@ -1,0 +1,130 @@
+"""What the last layer computes for each token by itself, on labelled tokens only: nobody reads what the others give.
+
+A head on labelled tokens leaves the other hidden states of the last layer unread. Keys and values of all tokens are
+needed there; the projection of what attention gives, and the MLP, are not. They run on the rows that predict a label:
+
+    (B, T, D)   ->   rows (1, N, D)   ->   projection or MLP   ->   (B, T, D), zeros but in N rows
+
+Only where nothing else can be read: upstream's own forwards, linear layers without hooks, nobody who asks for hidden
+states. Layers that gradient checkpointing runs again stay whole, as they would find no rows then, and so does what
+torch.compile traces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..wrapping.call import Call
+from ..wrapping.frames import is_tracing
+from ..wrapping.opt_in import OptIn
+from ..wrapping.seam import Answer
+from .hand_over import LabelledTokens, Selected
+from .under_way import under_way
+
+_MOST = 0.9
+"""Share of labelled tokens up to which rows are taken out: above, the copies cost more than the rows that they save."""
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_hooks_of_saved_tensors: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_looks_at_all: Any = getattr(nn.modules.module, "_has_any_global_hook", lambda: True)
+"""Whether there is a hook on all modules. Private to PyTorch, like the other, which has no public way to ask: of a
+version without them, all layers stay whole."""
+
+
+def on_labelled_rows(answer: Answer, call: Call) -> object:
+    """Answers the call of a decoder, whose last layer runs on the tokens that the head waits for, as far as it can."""
+    handed = under_way.handed
+    handles = []
+    if isinstance(handed, Selected):
+        handles = [handle for each in _modules(call, handed.tokens) for handle in _Narrow(handed).around(each)]
+    try:
+        return answer(call)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Narrow:
+    """Hooks that give a module some rows in the place of all tokens, in the thread that the head runs in."""
+
+    def __init__(self, handed: Selected):
+        self._handed, self._tokens = handed, handed.tokens
+        self._narrows = False
+
+    def around(self, module: nn.Module) -> tuple[Any, Any]:
+        return module.register_forward_pre_hook(self._before), module.register_forward_hook(self._after)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> Tensor | None:
+        if is_tracing() or under_way.handed is not self._handed:
+            return None
+        is_whole = len(args) == 1 and args[0].shape[:2] == self._tokens.predicted.shape
+        self._narrows = is_whole and not _may_run_again()
+        return args[0].flatten(0, 1).index_select(0, self._rows(args[0]))[None] if self._narrows else None
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if is_tracing() or under_way.handed is not self._handed or not self._narrows:
+            return None
+        shape = self._tokens.predicted.shape
+        zeros = output.new_zeros(shape.numel(), output.shape[-1])
+        return zeros.index_copy(0, self._rows(output), output[0]).unflatten(0, shape)
+
+    def _rows(self, like: Tensor) -> Tensor:
+        return self._tokens.rows.to(like.device, non_blocking=True)
+
+
+def _may_run_again() -> bool:
+    """Whether gradient checkpointing runs, of either kind, or something else that looks at what a layer saves."""
+    return not torch.is_grad_enabled() or _hooks_of_saved_tensors is None or _hooks_of_saved_tensors(False) is not None
+
+
+def _modules(call: Call, tokens: LabelledTokens) -> list[nn.Module]:
+    """Returns the modules to narrow; none if all tokens are wanted, or somebody may look at what they give."""
+    decoder, asked = call.module, call.arguments.get("output_hidden_states")
+    some = 0 < len(tokens.rows) < _MOST * tokens.predicted.numel()
+    if not some or asked or getattr(decoder.config, "output_hidden_states", False) or not _is_known(decoder):
+        return []
+    *before, last = decoder.layers
+    mlp, attention = getattr(last, "mlp", None), getattr(last, "self_attn", None)
+    if mlp is None or attention is None or any(getattr(each, "mlp", None) is mlp for each in before):
+        return []
+    own = all(map(_is_upstreams, (decoder, last, attention, mlp)))
+    if not own or not _is_linear(mlp) or any(map(_is_looked_at, _from_last_layer_on(decoder))) or _looks_at_all():
+        return []
+    projection = getattr(attention, "o_proj", None)
+    return [mlp, projection] if type(projection) is nn.Linear else [mlp]
+
+
+def _is_known(decoder: nn.Module) -> bool:
+    """Whether a patch says how the decoder works: of a way that was found, nobody knows how often a layer runs."""
+    opt_in, layers = OptIn.of(decoder), getattr(decoder, "layers", None)
+    return opt_in is not None and not opt_in.way and isinstance(layers, nn.ModuleList) and len(layers) > 0
+
+
+def _is_upstreams(module: nn.Module) -> bool:
+    """Whether a module's forward is upstream's: somebody's own may read all that it computes."""
+    module_of_forward = getattr(type(module).forward, "__module__", None) or ""
+    return "forward" not in vars(module) and module_of_forward.startswith("transformers.")
+
+
+def _is_linear(mlp: nn.Module) -> bool:
+    """Whether an MLP has linear layers, and no other weights: a router's loss would need all tokens."""
+    own = {id(each) for child in mlp.children() if type(child) is nn.Linear for each in child.parameters()}
+    return bool(own) and all(id(each) in own for each in (*mlp.parameters(), *mlp.buffers()))
+
+
+def _from_last_layer_on(decoder: Any) -> Iterator[nn.Module]:
+    yield decoder
+    for child in decoder.children():
+        if not isinstance(child, nn.Embedding):
+            yield from (child[-1] if child is decoder.layers else child).modules()
+
+
+def _is_looked_at(module: nn.Module) -> bool:
+    """Whether a module has a hook, or was compiled by itself."""
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or any(getattr(module, name, None) for name in _HOOKS)

@@ -1,0 +1,284 @@
+"""Promise 1: with logits of labelled tokens only, the last layer computes what they need, and nobody can tell.
+
+That loss and gradients are each example's alone is checked of every patch in test_labelled_logits.py, where the last
+layer is narrowed too.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from helpers.labelled import FORMS, assert_same_step, training_step
+from padfree_patch import apply, versions
+from padfree_patch.registry import registry
+from padfree_patch.seams import labelled
+from padfree_patch.testing import checkpointing, conformance, examples, pack, tiny_model
+
+pytestmark = pytest.mark.versions
+
+SEQUENCES = examples(conformance.LENGTHS)
+LABELS = torch.cat(conformance.completions(SEQUENCES), dim=1)
+TOKENS, PREDICTED = 27, 11
+IMPLEMENTATION = "sdpa" if versions.transformers(">=4.36") else "eager"
+
+
+@pytest.fixture(params=FORMS)
+def logits(request, monkeypatch):
+    monkeypatch.setattr(labelled, "CHUNK", 4)
+    return request.param
+
+
+@pytest.fixture
+def batch():
+    return pack(SEQUENCES) | {"labels": LABELS}
+
+
+def make(name="llama", implementation=IMPLEMENTATION, **config):
+    return tiny_model(registry().get(name), implementation, **config)
+
+
+class Rows(TorchDispatchMode):
+    """Counts the rows of each matrix product that a forward makes with a weight of a given number of columns."""
+
+    def __init__(self, columns):
+        super().__init__()
+        self.columns, self.found = columns, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            a, b = args[-2:]
+            if b.shape[0] == self.columns:
+                self.found.append(a.shape[0])
+        return function(*args, **(kwargs or {}))
+
+
+def rows_of_down_projections(model, batch, **more):
+    """Returns the rows of each layer's down projection, in the order of layers."""
+    with Rows(model.config.intermediate_size) as rows:
+        model.train()(**batch, **more)
+    return rows.found
+
+
+def is_narrowed(model, batch, **more):
+    found = rows_of_down_projections(model, batch, **more)
+    assert found[:-1] == [TOKENS] * (len(found) - 1)
+    assert len(found) == model.config.num_hidden_layers
+    return found[-1] == PREDICTED
+
+
+HERE = versions.transformers_version()
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "stablelm", "olmo", "cohere2", "glm4")
+
+
+def is_here(name):
+    """Whether this version has the architecture, and its patch says all."""
+    patch = registry().get(name)
+    return versions.inside(HERE, patch.transformers) and not patch.any_decoder
+
+
+@pytest.mark.parametrize("name", [*filter(is_here, DENSE)])
+def test_dense_models_run_the_last_layers_mlp_on_labelled_tokens(name, batch, logits):
+    assert is_narrowed(apply(make(name, "eager"), logits=logits), batch)
+    assert not is_narrowed(apply(make(name, "eager")), batch)
+
+
+def test_the_projection_of_attention_runs_on_them_too(batch):
+    model = apply(make(hidden_size=48, num_attention_heads=4, head_dim=20, num_key_value_heads=2), logits="labelled")
+    if model.model.layers[0].self_attn.o_proj.in_features != 80:
+        pytest.skip("heads have no size of their own in this version")
+    with Rows(80) as rows:
+        model.train()(**batch)
+    assert rows.found == [TOKENS] * (len(model.model.layers) - 1) + [PREDICTED]
+
+
+def test_padded_batches_profit_too(logits):
+    model = apply(make(), logits=logits)
+    ids = torch.randint(3, 90, (3, TOKENS // 3))
+    labels = ids.masked_fill(torch.arange(TOKENS // 3) < 4, -100)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    assert rows_of_down_projections(model, batch)[-1] == 15
+    assert_same_step(training_step(model, batch), training_step(apply(make()), batch))
+
+
+def test_all_labelled_stays_whole(logits, batch):
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][0, :2] = -100
+    assert not is_narrowed(apply(make(), logits=logits), batch)
+
+
+def hook_on(path, of_last=None):
+    """Puts a hook on a module, or on a part of the last one in a list."""
+
+    def prepare(model):
+        module = model.get_submodule(path)
+        module = module if of_last is None else module[-1].get_submodule(of_last)
+        module.register_forward_hook(lambda module, args, output: None)
+        return nullcontext()
+
+    return prepare
+
+
+def backward_hook(model):
+    model.model.layers[-1].mlp.up_proj.register_full_backward_hook(lambda module, given, taken: None)
+    return nullcontext()
+
+
+def global_hook(model):
+    return nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+
+
+def own_forward_of_mlp(model):
+    mlp = model.model.layers[-1].mlp
+    forward = mlp.forward
+    mlp.forward = lambda hidden_states: forward(hidden_states)
+    return nullcontext()
+
+
+def own_class_of_mlp(model):
+    mlp = model.model.layers[-1].mlp
+
+    class OwnMLP(type(mlp)):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states)
+
+    mlp.__class__ = OwnMLP
+    return nullcontext()
+
+
+def own_class_of_decoder(model):
+    class OwnModel(type(model.model)):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model.model.__class__ = OwnModel
+    return nullcontext()
+
+
+def one_mlp_for_all(model):
+    for layer in model.model.layers:
+        layer.mlp = model.model.layers[0].mlp
+    return nullcontext()
+
+
+def saved_tensors_are_looked_at(model):
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
+READERS = {
+    "hook on a linear layer of the MLP": hook_on("model.layers", "mlp.down_proj"),
+    "hook on the MLP": hook_on("model.layers", "mlp"),
+    "hook on attention": hook_on("model.layers", "self_attn"),
+    "hook on the layer": hook_on("model.layers", ""),
+    "hook on the last norm": hook_on("model.norm"),
+    "hook on the decoder": hook_on("model"),
+    "backward hook": backward_hook,
+    "hook on all modules": global_hook,
+    "forward of the MLP on the instance": own_forward_of_mlp,
+    "class of the MLP": own_class_of_mlp,
+    "class of the decoder": own_class_of_decoder,
+    "one MLP for all layers": one_mlp_for_all,
+    "hooks on what is saved": saved_tensors_are_looked_at,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_whoever_may_look_at_the_last_layer_finds_all_tokens(reader, batch, logits):
+    model = apply(make(), logits=logits)
+    assert is_narrowed(model, batch)
+    with READERS[reader](model):
+        assert not is_narrowed(model, batch)
+
+
+def test_hooks_elsewhere_change_nothing(batch, logits):
+    model = apply(make(), logits=logits)
+    hook_on("model.embed_tokens")(model)
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: None)
+    hook_on("lm_head")(model)
+    assert is_narrowed(model, batch)
+
+
+@pytest.mark.parametrize("where", ["argument", "config"])
+def test_hidden_states_that_are_asked_for_are_whole(where, batch):
+    expected = training_step(apply(make()), batch, output_hidden_states=True)
+    model, more = apply(make(), logits="labelled"), {"output_hidden_states": True}
+    if where == "config":
+        model.config.output_hidden_states, more = True, {}
+    found = training_step(model, batch, **more)
+    assert_same_step(found, expected)
+    for mine, alls in zip(found[2].hidden_states, expected[2].hidden_states):
+        torch.testing.assert_close(mine, alls, rtol=1e-5, atol=1e-6)
+    assert found[2].hidden_states[-1].shape[1] == TOKENS
+
+
+def test_router_losses_are_of_all_tokens(batch, logits):
+    if not versions.transformers(">=4.38"):
+        pytest.skip("no Mixtral whose router loss is right in this version")
+    model = apply(make("mixtral"), logits=logits)
+    expected = training_step(apply(make("mixtral")), batch, output_router_logits=True)
+    found = training_step(model, batch, output_router_logits=True)
+    assert_same_step(found, expected)
+    for mine, alls in zip(found[2].router_logits, expected[2].router_logits):
+        torch.testing.assert_close(mine, alls, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_layers_that_run_again_stay_whole(batch, logits, reentrant):
+    expected = training_step(apply(make()), batch)
+    model = apply(make(), logits=logits)
+    checkpointing(reentrant=reentrant)(model)
+    assert not is_narrowed(model, batch)
+    assert_same_step(training_step(model, batch), expected)
+
+
+def test_nothing_is_left_behind(batch, logits):
+    model = apply(make(), logits=logits)
+    training_step(model, batch)
+    last = model.model.layers[-1]
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("upstream's own")
+
+    last.mlp.act_fn.forward = fails
+    with pytest.raises(RuntimeError, match=re.escape("upstream's own")):
+        model(**batch)
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+
+
+def test_another_thread_finds_all_tokens(batch):
+    """Which calls the same model while a training step of this one runs."""
+    model = apply(make(), logits="labelled").train()
+    with torch.no_grad():
+        alone = model(input_ids=SEQUENCES[1]).logits
+    seen = []
+
+    def elsewhere(module, args):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: seen.append(call()))
+            thread.start()
+            thread.join()
+
+    def call():
+        with torch.no_grad():
+            return model(input_ids=SEQUENCES[1]).logits
+
+    model.model.layers[0].register_forward_pre_hook(elsewhere)
+    assert is_narrowed(model, batch)
+    torch.testing.assert_close(seen[0], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision_and_autocast_are_served(batch):
+    model = apply(make(), logits="labelled")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = training_step(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = training_step(apply(make()), batch)
+    for name, gradient in expected[1].items():
+        error = (found[1][name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
+        assert error < 0.02, f"{name} is off by {error:.2e}"  # bfloat16 has 8 bits: 0.004 of a rounding, a few of them
