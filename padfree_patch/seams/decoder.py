@@ -56,7 +56,7 @@ def answer(call: Call) -> object:
 
 
 def _serve(call: Call, answer: Answer) -> object:
-    return serve(call, answer, None if frames_are_compiled() else functools.partial(on_labelled_rows, answer))
+    return serve(call, answer, functools.partial(on_labelled_rows, answer))
 
 
 def _answer(call: Call) -> object:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..wrapping.call import Call
-from ..wrapping.frames import is_tracing
+from ..wrapping.frames import frames_are_compiled, is_tracing, runs_uncompiled
 from ..wrapping.opt_in import OptIn
 from ..wrapping.seam import Answer
 from .hand_over import LabelledTokens, Selected
@@ -36,10 +36,12 @@ _looks_at_all: Any = getattr(nn.modules.module, "_has_any_global_hook", lambda: 
 version without them, all layers stay whole."""
 
 
+@runs_uncompiled
 def on_labelled_rows(answer: Answer, call: Call) -> object:
     """Answers the call of a decoder, whose last layer runs on the tokens that the head waits for, as far as it can."""
-    handed = under_way.handed
-    handles = []
+    if is_tracing() or frames_are_compiled():
+        return answer(call)
+    handed, handles = under_way.handed, []
     if isinstance(handed, Selected):
         handles = [handle for each in _modules(call, handed.tokens) for handle in _Narrow(handed).around(each)]
     try:
