@@ -6,8 +6,9 @@ sequence, with four differences from the public function:
 - Unless a sequence is long, the operators also compute most of the scores that causality hides. So sequences of up to
   `CHUNKED_UNTIL` tokens are cut into chunks of queries (forward) and of keys (backward), each against what it can see.
   Sliding windows are the same chunks with less to see.
-- A sequence that goes on from a shared prompt is two calls, one on the prompt and one on its own tokens, whose outputs
-  are merged by the log-sum-exp of their scores. The backward is two calls with the merged output and log-sum-exp.
+- What sequences see of a shared prompt that they go on from is another call, one for all of them without a window. Its
+  output is merged with that on their own tokens by the log-sum-exp of their scores. So it is in the backward, with the
+  merged output and log-sum-exp.
 - Sinks are merged in the same way, as a part of the keys without values.
 - In bfloat16 and float16 the operators are slow on short sequences, so each sequence is computed in float32. The
   backward of a longer bfloat16 sequence is matrix products in bfloat16 (`bfloat16_backward.py`).
@@ -20,7 +21,6 @@ Letters: T tokens of all sequences, L of one, H query heads, K key/value heads, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor
 from ..batch.sequences import PackedSequences
 from .bfloat16_backward import gradients_by_matmuls
 from .cpu_operators import flash_backward, flash_forward
-from .cpu_prompts import backward_of_prompt, merge_prompt
+from .cpu_prompts import backward_of_prompt, branches_of, merge_prompt, views
 from .per_sequence import chunk_size, split_by_sequence, working_dtype
 from .second_order import gradients_with_gradients, transformed
 from .sinks import gradient_of_sinks, merge_sinks
@@ -114,20 +114,20 @@ class _Attention(torch.autograd.Function):
     def forward(
         q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, sequences: PackedSequences, scale: float, window: int
     ) -> tuple[Tensor, Tensor]:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = q.new_empty(q.shape[:2], dtype=working_dtype(q.dtype))
-        pieces = list(split_by_sequence(sequences.lengths, q, k, v, out, lse))
-        for (q_, k_, v_, out_, lse_), prefix in zip(pieces, _prefixes(sequences)):
-            q_, k_, v_ = (x.to(lse.dtype) for x in (q_, k_, v_))
-            result, its_lse = _forward(q_, k_, v_, scale, window)
-            if prefix >= 0:
-                k_, v_ = (x.to(lse.dtype) for x in pieces[prefix][1:3])
-                merge_prompt(q_, k_, v_, result, its_lse, scale=scale, window=window)
+        working = working_dtype(q.dtype)
+        out = q.new_empty(q.shape, dtype=working if sequences.prefixes else q.dtype)  # what is merged is rounded once
+        lse = q.new_empty(q.shape[:2], dtype=working)
+        for q_, k_, v_, out_, lse_ in split_by_sequence(sequences.lengths, q, k, v, out, lse):
+            result, its_lse = _forward(q_.to(working), k_.to(working), v_.to(working), scale, window)
             if sinks is not None:
                 merge_sinks(result, its_lse, sinks)
             out_.copy_(result)
             lse_.copy_(its_lse)
-        return out, lse
+        for prompt, branches in branches_of(sequences, together=not window):
+            of_prompt, of_branches = views(prompt, k, v), views(branches, q)
+            q_, k_, v_ = (x.to(working) for x in (*of_branches, *of_prompt))
+            merge_prompt(q_, k_, v_, *views(branches, out, lse), scale=scale, window=window)
+        return out.to(q.dtype), lse
 
     @staticmethod
     def setup_context(
@@ -151,14 +151,10 @@ class _Attention(torch.autograd.Function):
             differentiable = gradients_with_gradients(dout, q, k, v, sinks, sequences, scale=scale, window=window)
             return *differentiable, None, None, None
         # What sequences that share a prompt add to its gradients is not rounded each time.
-        summed = lse.dtype if sequences.prefixes else q.dtype
-        dq, dk, dv = (
-            torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-            for x, dtype in ((q, q.dtype), (k, summed), (v, summed))
-        )
-        pieces = split_by_sequence(sequences.lengths, _with_dense_rows(dout), q, k, v, out, lse, dq, dk, dv)
-        each = list(pieces)
-        for (dout_, q_, k_, v_, out_, lse_, *results), prefix in zip(each, _prefixes(sequences)):
+        summed, dout = lse.dtype if sequences.prefixes else q.dtype, _with_dense_rows(dout)
+        dq, dk, dv = (torch.empty_like(x, dtype=summed, memory_format=torch.contiguous_format) for x in (q, k, v))
+        pieces = split_by_sequence(sequences.lengths, dout, q, k, v, out, lse, dq, dk, dv)
+        for dout_, q_, k_, v_, out_, lse_, *results in pieces:
             length = lse_.shape[2]
             by_matmuls = q.dtype == torch.bfloat16 and length >= MATMULS_FROM and scale > 0
             if by_matmuls and not 0 < window < length:
@@ -166,22 +162,17 @@ class _Attention(torch.autograd.Function):
             else:
                 dout_, q_, k_, v_, out_ = (x.to(lse.dtype) for x in (dout_, q_, k_, v_, out_))
                 gradients = _backward(dout_, q_, k_, v_, out_, lse_, scale=scale, window=window)
-            if prefix >= 0:
-                _, _, k_, v_, _, _, _, *dprompt = each[prefix]
-                dout_, q_, k_, v_, out_ = (x.to(lse.dtype) for x in (dout_, q_, k_, v_, out_))
-                dq_, *more = backward_of_prompt(dout_, q_, k_, v_, out_, lse_, scale=scale, window=window)
-                gradients = gradients[0] + dq_, *gradients[1:]
-                for total, gradient in zip(dprompt, more):
-                    total += gradient
             for result, gradient in zip(results, gradients):
                 result.copy_(gradient)
+        for prompt, branches in branches_of(sequences, together=not window):
+            dout_, q_, out_ = (x.to(lse.dtype) for x in views(branches, dout, q, out))
+            k_, v_ = (x.to(lse.dtype) for x in views(prompt, k, v))
+            (lse_,) = views(branches, lse)
+            gradients = backward_of_prompt(dout_, q_, k_, v_, out_, lse_, scale=scale, window=window)
+            for total, gradient in zip((*views(branches, dq), *views(prompt, dk, dv)), gradients):
+                total += gradient
         dsinks = gradient_of_sinks(dout, out, lse, sinks) if ctx.needs_input_grad[3] else None
-        return dq, dk.to(k.dtype), dv.to(v.dtype), dsinks, None, None, None
-
-
-def _prefixes(sequences: PackedSequences) -> Iterator[int]:
-    """Yields for each sequence the number of the one that it goes on from, -1 for none."""
-    return iter(sequences.prefixes or (-1,) * len(sequences))
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None, None, None
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:

@@ -1,22 +1,51 @@
-"""What one sequence sees of the shared prompt that it goes on from, on the CPU: a call on the prompt, and the merging.
+"""What sequences see of the shared prompt that they go on from, on the CPU: a call on the prompt, and the merging.
 
-Letters: L tokens of the sequence, P of the prompt, H query heads, K key/value heads, D head size. dx is the gradient of
-x.
+Letters: L tokens of such a sequence, or of several, P of the prompt, H query heads, K key/value heads, D head size. dx
+is the gradient of x.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from ..batch.prefixes import NONE
+from ..batch.sequences import PackedSequences
 from .cpu_operators import flash_backward, flash_forward
 from .per_sequence import chunk_size
 
 
+def branches_of(sequences: PackedSequences, *, together: bool) -> Iterator[tuple[slice, slice]]:
+    """Yields the tokens of a prompt, and those of sequences beside each other that go on from it.
+
+    Args:
+        sequences: of the row.
+        together: whether several may be taken as one, as they see all of the prompt, and nothing else is asked.
+
+    >>> sequences = PackedSequences.from_lengths([3, 2, 2], prefixes=[-1, 0, 0])
+    >>> list(branches_of(sequences, together=True))
+    [(slice(0, 3, None), slice(3, 7, None))]
+    """
+    ends = list(itertools.accumulate(sequences.lengths, initial=0))
+    for prefix, group in itertools.groupby(enumerate(sequences.prefixes or ()), lambda each: each[1]):
+        branches = [i for i, _ in group] if prefix != NONE else []
+        for run in [branches] if branches and together else [[i] for i in branches]:
+            yield slice(ends[prefix], ends[prefix + 1]), slice(ends[run[0]], ends[run[-1] + 1])
+
+
+def views(tokens: slice, *tensors: Tensor) -> Iterator[Tensor]:
+    """Yields views (1, heads, L, ...) of some tokens of tensors (T, heads, ...)."""
+    return (x[tokens].transpose(0, 1).unsqueeze(0) for x in tensors)
+
+
 def merge_prompt(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float, window: int) -> None:
-    """Merges what a sequence sees of its prompt, k and v (1, K, P, D), into its out (1, H, L, D) and lse (1, H, L)."""
+    """Merges what queries see of a prompt, k and v (1, K, P, D), into their out (1, H, L, D) and lse (1, H, L).
+
+    With a window, they are those of the one sequence after the prompt.
+    """
     for queries, keys, mask in _seen_of_prompt(q, k, window):
         other, its_lse = flash_forward(
             q[:, :, queries], k[:, :, keys], v[:, :, keys], causal=False, mask=mask, scale=scale
@@ -30,7 +59,9 @@ def merge_prompt(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, s
 def backward_of_prompt(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes what one sequence sees of its prompt adds to its own dq, and to the prompt's dk and dv."""
+    """Computes what queries see of a prompt adds to their own dq, and to the prompt's dk and dv."""
+    if not window:
+        return flash_backward(dout, q, k, v, out, lse, causal=False, scale=scale)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for queries, keys, mask in _seen_of_prompt(q, k, window):
         dq_chunk, dk_chunk, dv_chunk = flash_backward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import types
@@ -12,7 +13,7 @@ from torch.nn.attention import flex_attention as torch_flex
 
 from helpers.attention_reference import SHARED, errors, random_qkv, reference
 from padfree_patch import PackedSequences, PadfreeError, attention, versions
-from padfree_patch.attention import Needs, cpu, flash_attn, flash_attn_3, flex, sdpa, torch_varlen
+from padfree_patch.attention import Needs, cpu, cpu_prompts, flash_attn, flash_attn_3, flex, sdpa, torch_varlen
 from padfree_patch.attention.prompts import seen_keys
 from padfree_patch.testing import SyncCounter
 
@@ -65,6 +66,23 @@ def test_neighbours_change_nothing_in_any_bit(sequences):
                 x.split(list(LENGTHS))[changed].normal_()
     after = sdpa.attend(*qkv, sequences, scale=0.3).split(list(LENGTHS))
     assert [i for i, pair in enumerate(zip(before, after)) if not torch.equal(*pair)] == [2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("window", "queries"), [(0, [5, 7]), (300, [2, 3, 5, 2])])
+def test_cpu_asks_once_what_sequences_see_of_their_prompt(monkeypatch, window, queries):
+    """With a window, each sees another part of it."""
+    seen = []
+
+    def counted(function, *args, **options):
+        seen.append(args[0].shape[2])
+        return function(*args, **options)
+
+    for name in ("flash_forward", "flash_backward"):
+        monkeypatch.setattr(cpu_prompts, name, functools.partial(counted, getattr(cpu_prompts, name)))
+    sequences = PackedSequences.from_lengths((7, 2, 3, 4, 5, 2), prefixes=(-1, 0, 0, -1, 3, 3))
+    qkv = random_qkv(4, 2, lengths=sequences.lengths)
+    cpu.attend(*qkv, sequences, scale=0.3, window=window).sum().backward()
+    assert seen == queries * 2  # forward and backward
 
 
 def test_gradients_have_gradients(sequences):
