@@ -27,7 +27,7 @@ EXAMPLES = 8
 
 @click.command()
 @click.option("--completion", default=64, show_default=True, help="Tokens of each completion.")
-@click.option("--rounds", default=3, show_default=True, help="Batches of each shape; both kinds get each.")
+@click.option("--rounds", default=5, show_default=True, help="Batches of each shape; both kinds get each.")
 @click.option("--group", "groups", multiple=True, type=int, default=(2, 8), show_default=True)
 @click.option("--ratio", "ratios", multiple=True, type=int, default=(1, 4, 16), show_default=True)
 def main(completion: int, rounds: int, groups: tuple[int, ...], ratios: tuple[int, ...]) -> None:

@@ -21,8 +21,6 @@ from padfree_patch.registry import registry
 from padfree_patch.seams import labelled
 from padfree_patch.testing import checkpointing, conformance, examples, pack, tiny_model
 
-pytestmark = pytest.mark.versions
-
 SEQUENCES = examples(conformance.LENGTHS)
 LABELS = torch.cat(conformance.completions(SEQUENCES), dim=1)
 TOKENS, PREDICTED = 27, 11
@@ -83,9 +81,10 @@ def is_here(name):
     return versions.inside(HERE, patch.transformers) and not patch.any_decoder
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", [*filter(is_here, DENSE)])
-def test_dense_models_run_the_last_layers_mlp_on_labelled_tokens(name, batch, logits):
-    assert is_narrowed(apply(make(name, "eager"), logits=logits), batch)
+def test_dense_models_run_the_last_layers_mlp_on_labelled_tokens(name, batch):
+    assert is_narrowed(apply(make(name, "eager"), logits="labelled"), batch)
     assert not is_narrowed(apply(make(name, "eager")), batch)
 
 
@@ -98,6 +97,7 @@ def test_the_projection_of_attention_runs_on_them_too(batch):
     assert rows.found == [TOKENS] * (len(model.model.layers) - 1) + [PREDICTED]
 
 
+@pytest.mark.versions
 def test_padded_batches_profit_too(logits):
     model = apply(make(), logits=logits)
     ids = torch.randint(3, 90, (3, TOKENS // 3))
@@ -107,10 +107,10 @@ def test_padded_batches_profit_too(logits):
     assert_same_step(training_step(model, batch), training_step(apply(make()), batch))
 
 
-def test_all_labelled_stays_whole(logits, batch):
+def test_all_labelled_stays_whole(batch):
     batch["labels"] = batch["input_ids"].clone()
     batch["labels"][0, :2] = -100
-    assert not is_narrowed(apply(make(), logits=logits), batch)
+    assert not is_narrowed(apply(make(), logits="labelled"), batch)
 
 
 def hook_on(path, of_last=None):
@@ -189,21 +189,22 @@ READERS = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_whoever_may_look_at_the_last_layer_finds_all_tokens(reader, batch, logits):
-    model = apply(make(), logits=logits)
+def test_whoever_may_look_at_the_last_layer_finds_all_tokens(reader, batch):
+    model = apply(make(), logits="labelled")
     assert is_narrowed(model, batch)
     with READERS[reader](model):
         assert not is_narrowed(model, batch)
 
 
-def test_hooks_elsewhere_change_nothing(batch, logits):
-    model = apply(make(), logits=logits)
+def test_hooks_elsewhere_change_nothing(batch):
+    model = apply(make(), logits="labelled")
     hook_on("model.embed_tokens")(model)
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: None)
     hook_on("lm_head")(model)
     assert is_narrowed(model, batch)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("where", ["argument", "config"])
 def test_hidden_states_that_are_asked_for_are_whole(where, batch):
     expected = training_step(apply(make()), batch, output_hidden_states=True)
@@ -217,10 +218,11 @@ def test_hidden_states_that_are_asked_for_are_whole(where, batch):
     assert found[2].hidden_states[-1].shape[1] == TOKENS
 
 
-def test_router_losses_are_of_all_tokens(batch, logits):
+@pytest.mark.versions
+def test_router_losses_are_of_all_tokens(batch):
     if not versions.transformers(">=4.38"):
         pytest.skip("no Mixtral whose router loss is right in this version")
-    model = apply(make("mixtral"), logits=logits)
+    model = apply(make("mixtral"), logits="labelled")
     expected = training_step(apply(make("mixtral")), batch, output_router_logits=True)
     found = training_step(model, batch, output_router_logits=True)
     assert_same_step(found, expected)
@@ -228,6 +230,7 @@ def test_router_losses_are_of_all_tokens(batch, logits):
         torch.testing.assert_close(mine, alls, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_layers_that_run_again_stay_whole(batch, logits, reentrant):
     expected = training_step(apply(make()), batch)
