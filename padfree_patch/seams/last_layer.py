@@ -5,28 +5,34 @@ needed there; the projection of what attention gives, and the MLP, are not. They
 
     (B, T, D)   ->   rows (1, N, D)   ->   projection or MLP   ->   (B, T, D), zeros but in N rows
 
-Only where nothing else can be read: upstream's own forwards, linear layers without hooks, nobody who asks for hidden
-states. Layers that gradient checkpointing runs again stay whole, as they would find no rows then, and so does what
-torch.compile traces.
+Only where nothing else can be read: code of upstream's and PyTorch's own from there on, no hooks, nobody who asks for
+hidden states. Layers that gradient checkpointing runs again stay whole, as they would find no rows then, and so does
+what torch.compile traces.
 """
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import PadfreeError
 from ..wrapping.call import Call
 from ..wrapping.frames import frames_are_compiled, is_tracing, runs_uncompiled
 from ..wrapping.opt_in import OptIn
-from ..wrapping.seam import Answer
+from ..wrapping.seam import Answer, original_of
 from .hand_over import LabelledTokens, Selected
 from .under_way import under_way
 
 _MOST = 0.9
 """Share of labelled tokens up to which rows are taken out: above, the copies cost more than the rows that they save."""
+
+_THEIRS = ("transformers.", "torch.", f"{__name__.partition('.')[0]}.")
+"""How the modules of code begin that does nothing with hidden states but what upstream's model does."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -42,8 +48,10 @@ def on_labelled_rows(answer: Answer, call: Call) -> object:
     if is_tracing() or frames_are_compiled():
         return answer(call)
     handed, handles = under_way.handed, []
-    if isinstance(handed, Selected):
-        handles = [handle for each in _modules(call, handed.tokens) for handle in _Narrow(handed).around(each)]
+    if isinstance(handed, Selected) and (modules := _modules(call, handed.tokens)):
+        runs = _Runs(handed)
+        narrow = (handle for module in modules for handle in _Narrow(runs).around(module))
+        handles = [*runs.around(call.module.layers[-1]), *narrow]
     try:
         return answer(call)
     finally:
@@ -51,29 +59,58 @@ def on_labelled_rows(answer: Answer, call: Call) -> object:
             handle.remove()
 
 
+class _Runs:
+    """Hooks that note whether the last layer runs: what is in it may also be part of others, or called by a hook."""
+
+    def __init__(self, handed: Selected):
+        self.handed = handed
+        self.now = self.narrowed = False
+
+    def around(self, layer: nn.Module) -> tuple[Any, Any]:
+        return layer.register_forward_pre_hook(self._before), layer.register_forward_hook(self._after)
+
+    def _before(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if under_way.handed is not self.handed:
+            return
+        if self.narrowed:  # for somebody else, as in a hook that calls the model again, who may have read all rows
+            raise PadfreeError(
+                f"{type(layer).__name__}, the last layer, ran twice in a forward, and the first time on labelled "
+                "tokens only; call padfree_patch.apply(model) with logits='all'"
+            )
+        self.now = True
+
+    def _after(self, layer: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        if under_way.handed is self.handed:
+            self.now = False
+
+
 class _Narrow:
     """Hooks that give a module some rows in the place of all tokens, in the thread that the head runs in."""
 
-    def __init__(self, handed: Selected):
-        self._handed, self._tokens = handed, handed.tokens
+    def __init__(self, runs: _Runs):
+        self._runs, self._tokens = runs, runs.handed.tokens
         self._narrows = False
 
     def around(self, module: nn.Module) -> tuple[Any, Any]:
         return module.register_forward_pre_hook(self._before), module.register_forward_hook(self._after)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> Tensor | None:
-        if is_tracing() or under_way.handed is not self._handed:
+        if not self._is_awaited():
             return None
         is_whole = len(args) == 1 and args[0].shape[:2] == self._tokens.predicted.shape
         self._narrows = is_whole and not _may_run_again()
+        self._runs.narrowed |= self._narrows
         return args[0].flatten(0, 1).index_select(0, self._rows(args[0]))[None] if self._narrows else None
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if is_tracing() or under_way.handed is not self._handed or not self._narrows:
+        if not self._is_awaited() or not self._narrows:
             return None
         shape = self._tokens.predicted.shape
         zeros = output.new_zeros(shape.numel(), output.shape[-1])
         return zeros.index_copy(0, self._rows(output), output[0]).unflatten(0, shape)
+
+    def _is_awaited(self) -> bool:
+        return not is_tracing() and under_way.handed is self._runs.handed and self._runs.now
 
     def _rows(self, like: Tensor) -> Tensor:
         return self._tokens.rows.to(like.device, non_blocking=True)
@@ -92,12 +129,15 @@ def _modules(call: Call, tokens: LabelledTokens) -> list[nn.Module]:
         return []
     *before, last = decoder.layers
     mlp, attention = getattr(last, "mlp", None), getattr(last, "self_attn", None)
-    if mlp is None or attention is None or any(getattr(each, "mlp", None) is mlp for each in before):
-        return []
-    own = all(map(_is_upstreams, (decoder, last, attention, mlp)))
-    if not own or not _is_linear(mlp) or any(map(_is_looked_at, _from_last_layer_on(decoder))) or _looks_at_all():
+    if mlp is None or attention is None or last in before or not all(map(_is_upstreams, before)):
         return []
     projection = getattr(attention, "o_proj", None)
+    inside = {*attention.modules()} - {attention, projection}  # which read nothing of what is left out
+    after = {*_from_last_layer_on(decoder)}
+    if not _is_linear(mlp) or any(map(_is_looked_at, after)) or not all(map(_is_upstreams, after - inside)):
+        return []
+    if _looks_at_all():
+        return []
     return [mlp, projection] if type(projection) is nn.Linear else [mlp]
 
 
@@ -108,9 +148,23 @@ def _is_known(decoder: nn.Module) -> bool:
 
 
 def _is_upstreams(module: nn.Module) -> bool:
-    """Whether a module's forward is upstream's: somebody's own may read all that it computes."""
-    module_of_forward = getattr(type(module).forward, "__module__", None) or ""
-    return "forward" not in vars(module) and module_of_forward.startswith("transformers.")
+    """Whether all that a module runs is upstream's or PyTorch's: somebody's own may read all that it computes."""
+    own = (each for each in vars(module).values() if callable(each))
+    is_theirs = f"{type(module).__module__}.".startswith(_THEIRS)
+    return is_theirs and all(map(_is_theirs, (type(module).forward, *own)))
+
+
+def _is_theirs(function: Any) -> bool:
+    """Whether a function, and all that it wraps, reads nothing. `functools.wraps` gives its `__module__` to others."""
+    while function is not None and not isinstance(function, types.BuiltinFunctionType):
+        if isinstance(function, functools.partial):
+            function = function.func
+            continue
+        if not f"{getattr(function, '__globals__', {}).get('__name__')}.".startswith(_THEIRS):
+            return False
+        original = original_of(function)
+        function = getattr(function, "__wrapped__", None) if original is function else original
+    return True
 
 
 def _is_linear(mlp: nn.Module) -> bool:
@@ -122,7 +176,7 @@ def _is_linear(mlp: nn.Module) -> bool:
 def _from_last_layer_on(decoder: Any) -> Iterator[nn.Module]:
     yield decoder
     for child in decoder.children():
-        if not isinstance(child, nn.Embedding):
+        if not isinstance(child, nn.Embedding) and child is not decoder.get_input_embeddings():
             yield from (child[-1] if child is decoder.layers else child).modules()
 
 

@@ -1,30 +1,32 @@
 """Promise 1: with logits of labelled tokens only, the last layer computes what they need, and nobody can tell.
 
 That loss and gradients are each example's alone is checked of every patch in test_labelled_logits.py, where the last
-layer is narrowed too.
+layer is narrowed too. Who may look at its other tokens, test_last_layer_readers.py asks.
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.labelled import FORMS, assert_same_step, training_step
+from helpers.last_layer import (
+    PREDICTED,
+    SEQUENCES,
+    TOKENS,
+    Rows,
+    is_narrowed,
+    make,
+    packed_batch,
+    rows_of_down_projections,
+)
 from padfree_patch import apply, versions
 from padfree_patch.registry import registry
 from padfree_patch.seams import labelled
-from padfree_patch.testing import checkpointing, conformance, examples, pack, tiny_model
-
-SEQUENCES = examples(conformance.LENGTHS)
-LABELS = torch.cat(conformance.completions(SEQUENCES), dim=1)
-TOKENS, PREDICTED = 27, 11
-IMPLEMENTATION = "sdpa" if versions.transformers(">=4.36") else "eager"
+from padfree_patch.testing import checkpointing
 
 
 @pytest.fixture(params=FORMS)
@@ -35,40 +37,7 @@ def logits(request, monkeypatch):
 
 @pytest.fixture
 def batch():
-    return pack(SEQUENCES) | {"labels": LABELS}
-
-
-def make(name="llama", implementation=IMPLEMENTATION, **config):
-    return tiny_model(registry().get(name), implementation, **config)
-
-
-class Rows(TorchDispatchMode):
-    """Counts the rows of each matrix product that a forward makes with a weight of a given number of columns."""
-
-    def __init__(self, columns):
-        super().__init__()
-        self.columns, self.found = columns, []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            a, b = args[-2:]
-            if b.shape[0] == self.columns:
-                self.found.append(a.shape[0])
-        return function(*args, **(kwargs or {}))
-
-
-def rows_of_down_projections(model, batch, **more):
-    """Returns the rows of each layer's down projection, in the order of layers."""
-    with Rows(model.config.intermediate_size) as rows:
-        model.train()(**batch, **more)
-    return rows.found
-
-
-def is_narrowed(model, batch, **more):
-    found = rows_of_down_projections(model, batch, **more)
-    assert found[:-1] == [TOKENS] * (len(found) - 1)
-    assert len(found) == model.config.num_hidden_layers
-    return found[-1] == PREDICTED
+    return packed_batch()
 
 
 HERE = versions.transformers_version()
@@ -107,100 +76,16 @@ def test_padded_batches_profit_too(logits):
     assert_same_step(training_step(model, batch), training_step(apply(make()), batch))
 
 
-def test_all_labelled_stays_whole(batch):
+def test_all_labelled_stays_whole(logits, batch):
     batch["labels"] = batch["input_ids"].clone()
     batch["labels"][0, :2] = -100
     assert not is_narrowed(apply(make(), logits="labelled"), batch)
 
 
-def hook_on(path, of_last=None):
-    """Puts a hook on a module, or on a part of the last one in a list."""
-
-    def prepare(model):
-        module = model.get_submodule(path)
-        module = module if of_last is None else module[-1].get_submodule(of_last)
-        module.register_forward_hook(lambda module, args, output: None)
-        return nullcontext()
-
-    return prepare
-
-
-def backward_hook(model):
-    model.model.layers[-1].mlp.up_proj.register_full_backward_hook(lambda module, given, taken: None)
-    return nullcontext()
-
-
-def global_hook(model):
-    return nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
-
-
-def own_forward_of_mlp(model):
-    mlp = model.model.layers[-1].mlp
-    forward = mlp.forward
-    mlp.forward = lambda hidden_states: forward(hidden_states)
-    return nullcontext()
-
-
-def own_class_of_mlp(model):
-    mlp = model.model.layers[-1].mlp
-
-    class OwnMLP(type(mlp)):
-        def forward(self, hidden_states):
-            return super().forward(hidden_states)
-
-    mlp.__class__ = OwnMLP
-    return nullcontext()
-
-
-def own_class_of_decoder(model):
-    class OwnModel(type(model.model)):
-        def forward(self, *args, **kwargs):
-            return super().forward(*args, **kwargs)
-
-    model.model.__class__ = OwnModel
-    return nullcontext()
-
-
-def one_mlp_for_all(model):
-    for layer in model.model.layers:
-        layer.mlp = model.model.layers[0].mlp
-    return nullcontext()
-
-
-def saved_tensors_are_looked_at(model):
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-
-
-READERS = {
-    "hook on a linear layer of the MLP": hook_on("model.layers", "mlp.down_proj"),
-    "hook on the MLP": hook_on("model.layers", "mlp"),
-    "hook on attention": hook_on("model.layers", "self_attn"),
-    "hook on the layer": hook_on("model.layers", ""),
-    "hook on the last norm": hook_on("model.norm"),
-    "hook on the decoder": hook_on("model"),
-    "backward hook": backward_hook,
-    "hook on all modules": global_hook,
-    "forward of the MLP on the instance": own_forward_of_mlp,
-    "class of the MLP": own_class_of_mlp,
-    "class of the decoder": own_class_of_decoder,
-    "one MLP for all layers": one_mlp_for_all,
-    "hooks on what is saved": saved_tensors_are_looked_at,
-}
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_whoever_may_look_at_the_last_layer_finds_all_tokens(reader, batch):
-    model = apply(make(), logits="labelled")
-    assert is_narrowed(model, batch)
-    with READERS[reader](model):
-        assert not is_narrowed(model, batch)
-
-
 def test_hooks_elsewhere_change_nothing(batch):
     model = apply(make(), logits="labelled")
-    hook_on("model.embed_tokens")(model)
-    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: None)
-    hook_on("lm_head")(model)
+    for module in (model.model.embed_tokens, model.model.layers[0].mlp, model.lm_head):
+        module.register_forward_hook(lambda module, args, output: None)
     assert is_narrowed(model, batch)
 
 
