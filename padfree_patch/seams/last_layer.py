@@ -31,7 +31,7 @@ from .under_way import under_way
 _MOST = 0.9
 """Share of labelled tokens up to which rows are taken out: above, the copies cost more than the rows that they save."""
 
-_THEIRS = ("transformers.", "torch.", f"{__name__.partition('.')[0]}.")
+_THEIRS = ("transformers.", "torch.nn.", "torch.utils.", f"{__name__.partition('.')[0]}.")
 """How the modules of code begin that does nothing with hidden states but what upstream's model does."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
