@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -134,11 +134,11 @@ def _modules(call: Call, tokens: LabelledTokens) -> list[nn.Module]:
     projection = getattr(attention, "o_proj", None)
     inside = {*attention.modules()} - {attention, projection}  # which read nothing of what is left out
     after = {*_from_last_layer_on(decoder)}
-    if not _is_linear(mlp) or any(map(_is_looked_at, after)) or not all(map(_is_upstreams, after - inside)):
+    if not _is_of_linear(mlp) or any(map(_is_looked_at, after)) or not all(map(_is_upstreams, after - inside)):
         return []
     if _looks_at_all():
         return []
-    return [mlp, projection] if type(projection) is nn.Linear else [mlp]
+    return [mlp, projection] if _is_linear(projection) else [mlp]
 
 
 def _is_known(decoder: nn.Module) -> bool:
@@ -151,7 +151,7 @@ def _is_upstreams(module: nn.Module) -> bool:
     """Whether all that a module runs is upstream's or PyTorch's: somebody's own may read all that it computes."""
     own = (each for each in vars(module).values() if callable(each))
     is_theirs = f"{type(module).__module__}.".startswith(_THEIRS)
-    return is_theirs and all(map(_is_theirs, (type(module).forward, *own)))
+    return is_theirs and all(map(_is_theirs, (type(module).forward, type(module).__call__, *own)))
 
 
 def _is_theirs(function: Any) -> bool:
@@ -167,10 +167,15 @@ def _is_theirs(function: Any) -> bool:
     return True
 
 
-def _is_linear(mlp: nn.Module) -> bool:
+def _is_of_linear(mlp: nn.Module) -> bool:
     """Whether an MLP has linear layers, and no other weights: a router's loss would need all tokens."""
-    own = {id(each) for child in mlp.children() if type(child) is nn.Linear for each in child.parameters()}
+    own = {id(each) for child in mlp.children() if _is_linear(child) for each in child.parameters()}
     return bool(own) and all(id(each) in own for each in (*mlp.parameters(), *mlp.buffers()))
+
+
+def _is_linear(module: object) -> TypeGuard[nn.Linear]:
+    """Whether a module multiplies each token by a plain matrix; one of a type of its own may scale by all tokens."""
+    return type(module) is nn.Linear and all(type(each) in (Tensor, nn.Parameter) for each in module.parameters())
 
 
 def _from_last_layer_on(decoder: Any) -> Iterator[nn.Module]:

@@ -62,18 +62,20 @@ def own_class(of):
     return prepare
 
 
-def wrapped_forward(of):
-    """Puts a function around the forward of a class that says it is the forward itself, as functools.wraps makes it."""
+def wrapped(name, of):
+    """Puts a function around that of a class which says that it is the same one, as functools.wraps makes it."""
 
     @contextmanager
     def patched(model):
         holder = type(of(model.model))
-        forward = vars(holder)["forward"]
-        holder.forward = functools.wraps(forward)(lambda *args, **kwargs: forward(*args, **kwargs))
+        function, own = getattr(holder, name), vars(holder).get(name)
+        setattr(holder, name, functools.wraps(function)(lambda *args, **kwargs: function(*args, **kwargs)))
         try:
             yield
         finally:
-            holder.forward = forward
+            delattr(holder, name)
+            if own is not None:
+                setattr(holder, name, own)
 
     return patched
 
@@ -81,6 +83,12 @@ def wrapped_forward(of):
 def own_activation(model):
     model.model.layers[-1].mlp.act_fn = nn.Sequential(own := nn.SiLU())
     own.forward = lambda x: nn.functional.silu(x)
+    return nullcontext()
+
+
+def weights_of_their_own_type(model):
+    linear = model.model.layers[-1].mlp.down_proj
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(type("Quantised", (torch.Tensor,), {})))
     return nullcontext()
 
 
@@ -125,10 +133,12 @@ READERS = {
     "class of the MLP": own_class(lambda decoder: decoder.layers[-1].mlp),
     "class of the last norm": own_class(lambda decoder: decoder.norm),
     "class of the decoder": own_class(lambda decoder: decoder),
-    "forward of the class of MLPs, wrapped": wrapped_forward(lambda decoder: decoder.layers[-1].mlp),
-    "forward of the class of norms, wrapped": wrapped_forward(lambda decoder: decoder.norm),
+    "forward of the class of MLPs, wrapped": wrapped("forward", lambda decoder: decoder.layers[-1].mlp),
+    "forward of the class of norms, wrapped": wrapped("forward", lambda decoder: decoder.norm),
+    "call of the class of layers, wrapped": wrapped("__call__", lambda decoder: decoder.layers[-1]),
     "activation": own_activation,
     "function as activation": function_as_activation,
+    "weights of a type of their own": weights_of_their_own_type,
     "last layer in another one": last_layer_in_another,
     "hooks on what is saved": saved_tensors_are_looked_at,
 }
