@@ -142,9 +142,12 @@ def _modules(call: Call, tokens: LabelledTokens) -> list[nn.Module]:
 
 
 def _is_known(decoder: nn.Module) -> bool:
-    """Whether a patch says how the decoder works: of a way that was found, nobody knows how often a layer runs."""
+    """Whether a patch says how the decoder works: of a way that was found, nobody knows how often a layer runs.
+
+    Nor does anybody of layers in a list of a type of its own.
+    """
     opt_in, layers = OptIn.of(decoder), getattr(decoder, "layers", None)
-    return opt_in is not None and not opt_in.way and isinstance(layers, nn.ModuleList) and len(layers) > 0
+    return opt_in is not None and not opt_in.way and type(layers) is nn.ModuleList and len(layers) > 0
 
 
 def _is_upstreams(module: nn.Module) -> bool:

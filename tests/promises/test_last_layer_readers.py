@@ -99,6 +99,12 @@ def function_as_activation(model):
     return nullcontext()
 
 
+def own_list_of_layers(model):
+    """Which may go through them twice."""
+    model.model.layers = type("Looped", (nn.ModuleList,), {})(model.model.layers)
+    return nullcontext()
+
+
 def last_layer_in_another(model):
     """Which runs it twice."""
 
@@ -139,6 +145,7 @@ READERS = {
     "activation": own_activation,
     "function as activation": function_as_activation,
     "weights of a type of their own": weights_of_their_own_type,
+    "list of layers": own_list_of_layers,
     "last layer in another one": last_layer_in_another,
     "hooks on what is saved": saved_tensors_are_looked_at,
 }
