@@ -12,8 +12,6 @@ what torch.compile traces.
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
@@ -24,7 +22,8 @@ from ..errors import PadfreeError
 from ..wrapping.call import Call
 from ..wrapping.frames import frames_are_compiled, is_tracing, runs_uncompiled
 from ..wrapping.opt_in import OptIn
-from ..wrapping.seam import Answer, original_of
+from ..wrapping.seam import Answer
+from .code_of import is_code_of
 from .hand_over import LabelledTokens, Selected
 from .under_way import under_way
 
@@ -154,20 +153,8 @@ def _is_upstreams(module: nn.Module) -> bool:
     """Whether all that a module runs is upstream's or PyTorch's: somebody's own may read all that it computes."""
     own = (each for each in vars(module).values() if callable(each))
     is_theirs = f"{type(module).__module__}.".startswith(_THEIRS)
-    return is_theirs and all(map(_is_theirs, (type(module).forward, type(module).__call__, *own)))
-
-
-def _is_theirs(function: Any) -> bool:
-    """Whether a function, and all that it wraps, reads nothing. `functools.wraps` gives its `__module__` to others."""
-    while function is not None and not isinstance(function, types.BuiltinFunctionType):
-        if isinstance(function, functools.partial):
-            function = function.func
-            continue
-        if not f"{getattr(function, '__globals__', {}).get('__name__')}.".startswith(_THEIRS):
-            return False
-        original = original_of(function)
-        function = getattr(function, "__wrapped__", None) if original is function else original
-    return True
+    functions = (type(module).forward, type(module).__call__, *own)
+    return is_theirs and all(is_code_of(_THEIRS, each) for each in functions)
 
 
 def _is_of_linear(mlp: nn.Module) -> bool:
