@@ -14,8 +14,6 @@ from helpers.labelled import assert_same_step, training_step
 from helpers.last_layer import is_narrowed, make, packed_batch
 from padfree_patch import PadfreeError, apply
 
-pytestmark = pytest.mark.versions
-
 
 def hook_on(path, of_last=None):
     """Puts a hook on a module, or on a part of the last one in a list."""
@@ -169,6 +167,7 @@ def share(path):
     return prepare
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("path", ["mlp", "self_attn", "self_attn.o_proj"])
 def test_what_layers_share_runs_on_all_tokens_in_the_others(path):
     batch, shared = packed_batch(), share(path)
