@@ -2,7 +2,8 @@
 
 The decoder runs once. The head's own forward then runs for each chunk, inside non-reentrant checkpointing, with a
 decoder that answers with the chunk's rows. What upstream's loss adds beside the cross entropy, such as a router's loss,
-is the same in every chunk, and counted once, because the weights of the chunks add up to one.
+is the same in every chunk, and counted once, because the weights of the chunks add up to one. A forward of somebody's
+own around it may do anything with loss and labels, so it is called once, with all rows.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..upstream import Outputs
 from ..wrapping.call import Call
 from ..wrapping.frames import outside_graphs, runs_uncompiled
 from ..wrapping.seam import Answer, is_wrapper
+from .code_of import is_code_of
 from .hand_over import (
     LabelledTokens,
     Selected,
@@ -68,12 +70,21 @@ def in_chunks(call: Call, tokens: LabelledTokens, size: int, run: Answer) -> obj
         size: of a chunk.
         run: calls upstream.
     """
-    if len(tokens.rows) <= size:
+    if len(tokens.rows) <= size or not outside_graphs(_only_calls, call.module):
         return outside_graphs(_without_logits, on_selected(call, tokens, run))
     kept = outside_graphs(_Kept, call.module, tokens)
     result = run_waiting(kept, run, outside_graphs(_without_labels, call))
     # The backward runs the chunks again, where nothing is compiled, and must find what the forward has made.
     return outside_graphs(_with_sum, call, kept, size, result)
+
+
+_CALLERS = ("transformers.", "torch.", "accelerate.", "peft.", "liger_kernel.", f"{__name__.partition('.')[0]}.")
+"""How the modules begin whose code around a head calls it and does nothing with its loss and labels."""
+
+
+def _only_calls(head: nn.Module) -> bool:
+    """Whether what stands around upstream's forward of a head can be called once for each chunk."""
+    return is_code_of(_CALLERS, head.forward) and is_code_of(_CALLERS, type(head).forward)
 
 
 def _without_labels(call: Call) -> Call:

@@ -101,15 +101,36 @@ def test_a_fused_loss_gets_labelled_rows(batch, monkeypatch, where, when):
     padfree_patch.restore(model)
 
 
-def test_a_forward_on_the_instance_is_called_for_each_chunk(batch, monkeypatch):
-    """But what hangs on the model, as PaddingFreeCallback's hook does, is called once."""
+def test_a_forward_that_only_calls_ours_is_called_for_each_chunk(batch, monkeypatch):
+    """Such as the autocast that accelerate puts on the instance. What hangs on the model is called once."""
     monkeypatch.setattr(labelled, "CHUNK", 4)
-    expected, called = training_step(apply(make()), batch), []
+    expected, called, rows = training_step(apply(make()), batch), [], []
     model = apply(make(), logits="chunked")
-    model.forward = types.MethodType(fused, model)
+    model.forward = torch.autocast("cpu", torch.bfloat16, enabled=False)(model.forward)
     model.register_forward_pre_hook(lambda *_: called.append(True))
+    model.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[1]))
     assert_same_step(training_step(model, batch), expected)
-    assert model.rows == 5 and called == [True]  # four rows and one of zeros, last in the backward
+    assert max(rows) == 5 and called == [True]  # four rows and one of zeros
+
+
+def test_a_forward_of_ones_own_is_called_once(batch, monkeypatch):
+    """It may do anything with labels and loss: the square of a sum over chunks is not the sum of their squares."""
+    monkeypatch.setattr(labelled, "CHUNK", 4)
+
+    def squared(model):
+        ours = model.forward
+
+        def forward(**given):
+            output = ours(**given)
+            assert (given["labels"] != -100).any()
+            output["loss"] = output["loss"] ** 2
+            return output
+
+        model.forward = forward
+        return model
+
+    expected = training_step(squared(apply(make())), batch)
+    assert_same_step(training_step(squared(apply(make(), logits="chunked")), batch), expected)
 
 
 def test_a_forward_over_ours_is_served_once(logits, batch):
