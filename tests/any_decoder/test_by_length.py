@@ -11,7 +11,7 @@ from torch import nn
 import padfree_patch
 from helpers.any_decoder import CONFIGS, maker
 from helpers.models import assert_exact
-from padfree_patch import PadfreeError
+from padfree_patch import PadfreeError, versions
 from padfree_patch.any_decoder.cutting import Cutter, OfEach
 from padfree_patch.batch.packed_batch import PackedBatch
 from padfree_patch.batch.sequences import PackedSequences
@@ -51,6 +51,18 @@ def test_rotary_that_takes_the_type_of_a_layer_rotates_each_example_by_its_own_l
     texts = examples(LENGTHS)
     alone = assert_shows(make, maker("gemma3_text", rope_parameters=dict.fromkeys(types, plain)), texts)
     assert_exact(padfree_patch.apply(make()), pack(texts), alone)
+
+
+@pytest.mark.skipif(versions.transformers("<5.0"), reason="rope_parameters came with 5.0")
+@pytest.mark.parametrize("kind", ["llama4_text", "deepseek_v2"])
+def test_rotary_that_gives_complex_numbers_rotates_each_example_by_its_own_length(kind):
+    config = {"llama4_text": CONFIGS["llama4_text"], "deepseek_v2": {**CONFIGS["deepseek_v3"], "topk_method": "greedy"}}
+    make, plain = (
+        maker(kind, **{**config[kind], "rope_parameters": rope, "max_position_embeddings": 16})
+        for rope in (SCALED["dynamic"], {"rope_type": "default", "rope_theta": 10000.0})
+    )
+    texts = examples(LENGTHS)
+    assert_exact(padfree_patch.apply(make()), pack(texts), assert_shows(make, plain, texts))
 
 
 def test_rotary_inside_of_what_runs_on_each_sequence_remembers_no_other():
