@@ -92,29 +92,26 @@ def answer(call: Call) -> Tensor | tuple[Tensor, ...]:
 
 
 def _tables_of_positions(call: Call, batch: PackedBatch) -> Tensor | tuple[Tensor, ...]:
-    """Returns (cos, sin), (..., B, T, D) each, of a rotary that takes position_ids: one call per length that matters.
+    """Returns (cos, sin), (B, T, D) each, of a rotary that takes position_ids: one call per length that matters.
 
-    Some take the type of a layer as well, some positions with an axis in front, (..., B, T), and some give complex
-    numbers instead of the two tables.
+    Some take the type of a layer as well, and some give complex numbers instead of the two tables.
     """
     rotary, x, lengths = call.module, call.arguments["x"], list(batch.sequences.lengths)
-    given = call.arguments["position_ids"] if call.arguments["position_ids"].dim() > 2 else batch.position_ids
-    pieces = given.flatten(-2).unsqueeze(-2).split(lengths, dim=-1)  # (..., 1, length) each
+    pieces = batch.position_ids.reshape(1, -1).split(lengths, dim=1)
     longest = [max(last + 1, unscaled_length(rotary)) for last in batch.last_positions]
     others = {name: value for name, value in call.arguments.items() if value is not rotary}
     rotated: dict[int, tuple[Tensor, ...]] = {}
     made: Tensor | tuple[Tensor, ...] = ()
     for length in set(longest):
         members = [i for i, each in enumerate(longest) if each == length]
-        positions = torch.cat([pieces[i] for i in members], dim=-1)
+        positions = torch.cat([pieces[i] for i in members], dim=1)
         known = {"seq_len": length} if call.takes("seq_len") else {}  # or it would ask the device
         made = call.original(_fresh(rotary, x.device), **{**others, "position_ids": positions, **known})
-        tables = (made,) if isinstance(made, Tensor) else made  # (..., 1, tokens, D) each
+        tables = (made,) if isinstance(made, Tensor) else made  # (1, tokens, D) each
         sizes = [lengths[i] for i in members]
-        rotated |= dict(zip(members, zip(*(each.split(sizes, dim=-2) for each in tables))))
-    rows = batch.position_ids.shape
+        rotated |= dict(zip(members, zip(*(each.split(sizes, dim=1) for each in tables))))
     in_order = zip(*(rotated[i] for i in range(len(pieces))))
-    whole = [torch.cat(each, dim=-2).squeeze(-3).unflatten(-2, rows) for each in in_order]
+    whole = [torch.cat(each, dim=1).view(*batch.position_ids.shape, -1) for each in in_order]
     return whole[0] if isinstance(made, Tensor) else tuple(whole)
 
 

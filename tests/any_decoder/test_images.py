@@ -37,8 +37,8 @@ def gemma3():
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
-def qwen2_vl():
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+def qwen2_vl(**more):
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], **more}
     eye = {"depth": 1, "embed_dim": 32, "num_heads": 4, "hidden_size": 32, "mlp_ratio": 1, "patch_size": 4}
     ids = {"image_token_id": IMAGE, "video_token_id": 97, "vision_start_token_id": 96}
     text = _TEXT | {"rope_parameters": rope}
@@ -56,6 +56,27 @@ def test_rows_of_text_are_exact_and_the_tower_is_left_alone(make):
     assert conformance.largest(found - alone) < conformance.LOGIT_TOLERANCE * conformance.largest(alone)
     names = [name for name, each in model.named_modules() if each in OptIn.all_in(model)]
     assert names and not [name for name in names if "vision" in name or "visual" in name]
+
+
+def dynamic_qwen2_vl():
+    return qwen2_vl(rope_type="dynamic", factor=4.0)
+
+
+def test_positions_on_three_axes_are_rotated_by_each_examples_own_length(monkeypatch):
+    """Dynamic rope changes from 16 tokens on."""
+    monkeypatch.setitem(_TEXT, "max_position_embeddings", 16)
+    model, texts = with_weights(dynamic_qwen2_vl), examples((12, 40, 24), vocab_size=95)
+
+    def alone(make):
+        with torch.no_grad():  # a new model for each: a rotary keeps what the longest has made of it
+            return torch.cat([with_weights(make)(input_ids=each).logits for each in texts], dim=1)
+
+    expected = alone(dynamic_qwen2_vl)
+    assert conformance.largest(alone(qwen2_vl) - expected) > 1e-3  # the control
+    padfree_patch.apply(model)
+    with torch.no_grad():
+        found = model(**pack(texts)).logits
+    assert conformance.largest(found - expected) < conformance.LOGIT_TOLERANCE * conformance.largest(expected)
 
 
 def test_images_in_the_place_of_tokens_are_exact():
