@@ -12,7 +12,7 @@ from packaging.version import Version
 from torch.nn import functional as F
 
 import padfree_patch
-from helpers.labelled import FORMS, assert_same_step, training_step
+from helpers.labelled import assert_same_step, training_step
 from padfree_patch import PadfreeError, apply
 from padfree_patch.integrations.padded import pack_padded
 from padfree_patch.registry import registry
@@ -20,12 +20,6 @@ from padfree_patch.seams import labelled
 from padfree_patch.testing import conformance, examples, pack, pad, tiny_model
 
 SEQUENCES = examples(conformance.LENGTHS)
-
-
-@pytest.fixture(params=FORMS)
-def logits(request, monkeypatch):
-    monkeypatch.setattr(labelled, "CHUNK", 4)
-    return request.param
 
 
 @pytest.fixture

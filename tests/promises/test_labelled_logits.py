@@ -11,11 +11,10 @@ import functools
 import pytest
 import torch
 
-from helpers.labelled import FORMS, assert_same_step, rows_of_logits, training_step
+from helpers.labelled import assert_same_step, rows_of_logits, training_step
 from helpers.models import PATCHES, skip_if_unavailable
 from padfree_patch import DataCollatorWithFlattening, PadfreeError, apply, versions
 from padfree_patch.registry import registry
-from padfree_patch.seams import labelled
 from padfree_patch.testing import (
     LargestTensor,
     SyncCounter,
@@ -33,13 +32,6 @@ LABELS = torch.cat(conformance.completions(SEQUENCES), dim=1)
 IMPLEMENTATION = "sdpa" if versions.transformers(">=4.36") else "eager"
 PREDICTED = 11
 """Labels that a token predicts: of prompts of 3, 5, 0 and 7 of 5, 9, 1 and 12 tokens; the one token is a first one."""
-
-
-@pytest.fixture(params=FORMS)
-def logits(request, monkeypatch):
-    """Either form; chunks have fewer rows than there are labels."""
-    monkeypatch.setattr(labelled, "CHUNK", 4)
-    return request.param
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import threading
 import pytest
 import torch
 
-from helpers.labelled import FORMS, assert_same_step, training_step
+from helpers.labelled import assert_same_step, training_step
 from helpers.last_layer import (
     PREDICTED,
     SEQUENCES,
@@ -25,14 +25,7 @@ from helpers.last_layer import (
 )
 from padfree_patch import apply, versions
 from padfree_patch.registry import registry
-from padfree_patch.seams import labelled
 from padfree_patch.testing import checkpointing
-
-
-@pytest.fixture(params=FORMS)
-def logits(request, monkeypatch):
-    monkeypatch.setattr(labelled, "CHUNK", 4)
-    return request.param
 
 
 @pytest.fixture
@@ -76,7 +69,7 @@ def test_padded_batches_profit_too(logits):
     assert_same_step(training_step(model, batch), training_step(apply(make()), batch))
 
 
-def test_all_labelled_stays_whole(logits, batch):
+def test_all_labelled_stays_whole(batch):
     batch["labels"] = batch["input_ids"].clone()
     batch["labels"][0, :2] = -100
     assert not is_narrowed(apply(make(), logits="labelled"), batch)
@@ -161,9 +154,10 @@ def test_another_thread_finds_all_tokens(batch):
     torch.testing.assert_close(seen[0], alone, rtol=1e-5, atol=1e-6)
 
 
-def test_half_precision_and_autocast_are_served(batch):
+def test_autocast_is_served(batch):
     model = apply(make(), logits="labelled")
     with torch.autocast("cpu", torch.bfloat16):
+        assert is_narrowed(model, batch)
         found = training_step(model, batch)
     with torch.autocast("cpu", torch.bfloat16):
         expected = training_step(apply(make()), batch)
